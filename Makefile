@@ -1,0 +1,46 @@
+# The two commands of a newcomer are `make demo` and `make test`; everything happens in .venv and runs/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := runs/demo
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_config.yaml
+
+.PHONY: demo test check format install clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python data_prep/synthetic.py --out $(DEMO)/tables --overwrite
+	@$(BIN)/python data_prep/make_shards.py --tables $(DEMO)/tables --out $(DEMO)/shards --overwrite
+	@rm -rf $(DEMO)/train
+	@$(LAUNCH) train/contrastive.py demo --shards $(DEMO)/shards --out $(DEMO)/train
+	@$(BIN)/mmrec embed --encoder $(DEMO)/train/encoder --shards $(DEMO)/shards --out $(DEMO)/embeddings --overwrite
+	@$(BIN)/mmrec index build --embeddings $(DEMO)/embeddings --out $(DEMO)/index --overwrite
+	@$(BIN)/mmrec evaluate --encoder $(DEMO)/train/encoder --shards $(DEMO)/shards --out $(DEMO)
+	@echo "report: $(DEMO)/report.html"
+
+test: $(INSTALLED)
+	@$(BIN)/pytest
+
+check: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/nbstripout --verify index/*.ipynb
+	@$(BIN)/pyright
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+# An old pip misreads the versions that faiss-gpu-cuvs asks for, so pip itself comes first.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmrec needs Python 3.11 or later")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned packages into $(VENV) (about 6 GB, some minutes)"
+	@$(BIN)/pip install --quiet --upgrade pip
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Tables, media, shards, and the batches that training reads."""

@@ -1,0 +1,395 @@
+"""From rows of shards to batches of tensors: ItemBatch, PairBatch, and the DataLoader of training.
+
+Images travel as uint8 and are normalised a batch at a time inside the encoder, on its device. Shape
+letters: B samples, T frames or images, H W pixels, L tokens, M links of a content.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from mmrec.data.media import decode_jpeg
+from mmrec.data.sampler import RankBatches, Row
+from mmrec.data.shards import ShardReader, frame_name, image_name, product_image_name
+
+Tokenizer = Callable[[list[str]], Tensor]
+Image = UInt8[Tensor, "3 H W"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemBatch:
+    """Contents or products as the encoder takes them: pictures, a title, and masks of what is there."""
+
+    images: UInt8[Tensor, "B T 3 H W"]
+    """A content's frames or a product's images; zero where the mask is false."""
+    image_mask: Bool[Tensor, "B T"]
+    tokens: Int[Tensor, "B L"]
+    """The title's tokens; meaningless where the mask is false."""
+    text_mask: Bool[Tensor, "B"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> "ItemBatch":
+        """The same batch on another device."""
+        return ItemBatch(**{name: part.to(device, non_blocking=True) for name, part in vars(self).items()})
+
+    def pin_memory(self) -> "ItemBatch":
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        return ItemBatch(**{name: part.pin_memory() for name, part in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """Rows of training: a content beside one of its products, and all that the content links to."""
+
+    content: ItemBatch
+    product: ItemBatch
+    product_number: Int[Tensor, "B"]
+    """The number of the row's product in the split's sorted list of product ids."""
+    links: Int[Tensor, "B M"]
+    """Numbers of every product that the content links to; -1 pads."""
+    weights: Float[Tensor, "B M"]
+    """The links' weights; 0 pads."""
+    samples: Int[Tensor, "B"]
+    """Row numbers in the split: they name a batch in a log."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """The same batch on another device."""
+        return PairBatch(**{n: part.to(device) for n, part in vars(self).items()})
+
+    def pin_memory(self) -> "PairBatch":
+        """The same batch in page-locked memory."""
+        return PairBatch(**{n: part.pin_memory() for n, part in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What training changes in a sample; every draw comes from (seed, epoch, sample)."""
+
+    min_scale: float = 0.5
+    """Smallest share of a picture's area that a random crop keeps; 1 turns cropping off."""
+    max_aspect: float = 4 / 3
+    """Largest stretch of a crop's sides, either way."""
+    flip: float = 0.5
+    """Probability of a mirror image; 0 where printed words matter."""
+    color: float = 0.2
+    """Strength of brightness, contrast and saturation changes; 0 turns them off."""
+    modality_dropout: float = 0.1
+    """Probability that a side which has both pictures and a title loses one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a picture of any size becomes what an image tower expects."""
+
+    size: int
+    """Side of the tower's square input, in pixels."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    resize: Literal["shortest", "squash"] = "shortest"
+    """Keep the aspect ratio and crop the centre, or squash to a square (SigLIP's towers)."""
+
+    def __call__(self, image: Image) -> UInt8[Tensor, "3 S S"]:
+        """Resize and crop as at test time."""
+        mode = InterpolationMode(self.interpolation)
+        if self.resize == "squash":
+            return F.resize(image, [self.size, self.size], interpolation=mode, antialias=True)
+        image = F.resize(image, [self.size], interpolation=mode, antialias=True)
+        return F.center_crop(image, [self.size, self.size])
+
+    def augmented(self, image: Image, view: "View") -> UInt8[Tensor, "3 S S"]:
+        """Crop, flip and recolour as one draw of augmentation says."""
+        height, width = image.shape[-2:]
+        box = [int(part) for part in view.box(height, width)]
+        size, mode = [self.size, self.size], InterpolationMode(self.interpolation)
+        image = F.resized_crop(image, *box, size=size, interpolation=mode, antialias=True)
+        if view.flip:
+            image = F.horizontal_flip(image)
+        if view.color != (1.0, 1.0, 1.0):
+            brightness, contrast, saturation = view.color
+            image = F.adjust_brightness(image, brightness)
+            image = F.adjust_contrast(image, contrast)
+            image = F.adjust_saturation(image, saturation)
+        return image
+
+
+@dataclass(frozen=True)
+class View:
+    """One draw of augmentation, shared by all frames of a clip so that it stays one scene."""
+
+    scale: float
+    aspect: float
+    top: float
+    left: float
+    flip: bool
+    color: tuple[float, float, float]
+
+    @classmethod
+    def draw(cls, config: AugmentConfig, rng: np.random.Generator) -> "View":
+        """Draw crop, flip and colour from a generator."""
+        log_aspect = np.log(config.max_aspect)
+        return cls(
+            scale=rng.uniform(config.min_scale, 1),
+            aspect=float(np.exp(rng.uniform(-log_aspect, log_aspect))),
+            top=rng.random(),
+            left=rng.random(),
+            flip=bool(rng.random() < config.flip),
+            color=(
+                1 + config.color * rng.uniform(-1, 1),
+                1 + config.color * rng.uniform(-1, 1),
+                1 + config.color * rng.uniform(-1, 1),
+            ),
+        )
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The crop in pixels of a picture of that size: top, left, height, width."""
+        area = height * width * self.scale
+        crop_height = min(height, max(1, round((area / self.aspect) ** 0.5)))
+        crop_width = min(width, max(1, round((area * self.aspect) ** 0.5)))
+        top = int(self.top * (height - crop_height + 1))
+        left = int(self.left * (width - crop_width + 1))
+        return top, left, crop_height, crop_width
+
+
+def collate_items(
+    images: Sequence[Sequence[UInt8[Tensor, "3 S S"]]],
+    titles: Sequence[str | None],
+    *,
+    tokenizer: Tokenizer,
+    size: int,
+) -> ItemBatch:
+    """Stack items with any number of pictures (0 or more) and with or without a title."""
+    longest = max(1, max(len(pictures) for pictures in images))
+    stacked = torch.zeros(len(images), longest, 3, size, size, dtype=torch.uint8)
+    mask = torch.zeros(len(images), longest, dtype=torch.bool)
+    for row, pictures in enumerate(images):
+        for t, picture in enumerate(pictures):
+            stacked[row, t] = picture
+        mask[row, : len(pictures)] = True
+    has_title = [bool(title and title.strip()) for title in titles]
+    tokens = tokenizer([title if has and title else "" for title, has in zip(titles, has_title, strict=True)])
+    return ItemBatch(images=stacked, image_mask=mask, tokens=tokens, text_mask=torch.tensor(has_title))
+
+
+def number_products(ids: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Give every product id of a split a number, the same on every rank."""
+    return {product_id: n for n, product_id in enumerate(sorted({p for row in ids for p in row}))}
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """The middles of `wanted` equal spans of `count` frames; all of them where there are fewer."""
+    if count <= wanted:
+        return list(range(count))
+    return [int((t + 0.5) * count / wanted) for t in range(wanted)]
+
+
+def spread_randomly(count: int, wanted: int, rng: np.random.Generator) -> list[int]:
+    """One random frame out of each of `wanted` equal spans; all of them where there are fewer."""
+    if count <= wanted:
+        return list(range(count))
+    edges = np.linspace(0, count, wanted + 1)
+    return [int(i) for i in np.minimum(rng.uniform(edges[:-1], edges[1:]).astype(int), count - 1)]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    content: list[Tensor]
+    content_title: str | None
+    product: list[Tensor]
+    product_title: str | None
+    number: int
+    links: list[int]
+    weights: list[float]
+    sample: int
+
+
+class PairDataset(Dataset[_Pair]):
+    """Training rows by (epoch, sample, slot): map-style, so that the sampler alone decides the order."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        numbers: Mapping[str, int],
+        *,
+        preprocess: Preprocess,
+        augment: AugmentConfig,
+        num_frames: int,
+        num_images: int,
+        seed: int,
+    ) -> None:
+        self._reader = reader
+        self._numbers = numbers
+        self._preprocess = preprocess
+        self._augment = augment
+        self._num_frames = num_frames
+        self._num_images = num_images
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, row: Row) -> _Pair:
+        rng = np.random.default_rng([self._seed, row.epoch, row.sample])
+        sample, slot = row.sample, row.slot
+        meta = self._reader.meta(sample)
+        linked = meta["products"][slot]
+        present = self._reader.names(sample)
+        num_frames = sum(1 for name in present if name.startswith("f"))
+        frames = [frame_name(t) for t in spread_randomly(num_frames, self._num_frames, rng)]
+        count = min(self._num_images, linked["num_images"])
+        drawn = np.sort(rng.choice(linked["num_images"], count, replace=False))
+        images = [product_image_name(slot, int(i)) for i in drawn]
+        bytes_read = self._reader.read(sample, [*frames, *images])
+        content = self._pictures([bytes_read[name] for name in frames], rng)
+        product = self._pictures([bytes_read[name] for name in images], rng)
+        content, content_title = self._drop_modality(content, meta["title"], rng)
+        product, product_title = self._drop_modality(product, linked["title"], rng)
+        return _Pair(
+            content=content,
+            content_title=content_title,
+            product=product,
+            product_title=product_title,
+            number=self._numbers[linked["product_id"]],
+            links=[self._numbers[p] for p in self._reader.product_ids[sample]],
+            weights=self._reader.weights[sample],
+            sample=sample,
+        )
+
+    def _pictures(self, encoded: list[bytes], rng: np.random.Generator) -> list[Tensor]:
+        view = View.draw(self._augment, rng)
+        return [self._preprocess.augmented(decode_jpeg(data), view) for data in encoded]
+
+    def _drop_modality(
+        self, pictures: list[Tensor], title: str | None, rng: np.random.Generator
+    ) -> tuple[list[Tensor], str | None]:
+        drop, which = rng.random(2)
+        if not pictures or not title or drop >= self._augment.modality_dropout:
+            return pictures, title
+        return ([], title) if which < 0.5 else (pictures, None)
+
+
+@dataclass(frozen=True)
+class _CollatePairs:
+    tokenizer: Tokenizer
+    size: int
+
+    def __call__(self, pairs: list[_Pair]) -> PairBatch:
+        longest = max(len(pair.links) for pair in pairs)
+        links = torch.full((len(pairs), longest), -1)
+        weights = torch.zeros(len(pairs), longest)
+        for row, pair in enumerate(pairs):
+            links[row, : len(pair.links)] = torch.tensor(pair.links)
+            weights[row, : len(pair.weights)] = torch.tensor(pair.weights)
+        collate = {"tokenizer": self.tokenizer, "size": self.size}
+        return PairBatch(
+            content=collate_items([p.content for p in pairs], [p.content_title for p in pairs], **collate),
+            product=collate_items([p.product for p in pairs], [p.product_title for p in pairs], **collate),
+            product_number=torch.tensor([p.number for p in pairs]),
+            links=links,
+            weights=weights,
+            samples=torch.tensor([p.sample for p in pairs]),
+        )
+
+
+def pair_loader(
+    dataset: PairDataset,
+    batches: RankBatches,
+    *,
+    tokenizer: Tokenizer,
+    size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[PairBatch]:
+    """The DataLoader of training: one rank's batches, in the sampler's order, read ahead by workers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+        collate_fn=_CollatePairs(tokenizer, size),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=False,
+        worker_init_fn=_one_thread,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def item_loader(
+    reader: ShardReader,
+    rows: Sequence[int],
+    *,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    num_frames: int,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> DataLoader[ItemBatch]:
+    """Batches of contents or products as at test time, in the order of `rows`, nothing augmented."""
+    return DataLoader(
+        _ItemDataset(reader, rows, preprocess, num_frames),
+        batch_size=batch_size,
+        shuffle=False,
+        collate_fn=_CollateItems(tokenizer, preprocess.size),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+class _ItemDataset(Dataset[tuple[list[Tensor], str | None]]):
+    def __init__(
+        self, reader: ShardReader, rows: Sequence[int], preprocess: Preprocess, num_frames: int
+    ) -> None:
+        self._reader = reader
+        self._rows = rows
+        self._preprocess = preprocess
+        self._num_frames = num_frames
+        self._name = frame_name if reader.family == "contents" else image_name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> tuple[list[Tensor], str | None]:
+        row = self._rows[number]
+        prefix = self._name(0)[0]
+        count = sum(1 for name in self._reader.names(row) if name.startswith(prefix))
+        names = [self._name(t) for t in spread(count, self._num_frames)]
+        encoded = self._reader.read(row, names)
+        pictures = [self._preprocess(decode_jpeg(encoded[name])) for name in names]
+        return pictures, self._reader.meta(row)["title"]
+
+
+@dataclass(frozen=True)
+class _CollateItems:
+    tokenizer: Tokenizer
+    size: int
+
+    def __call__(self, items: list[tuple[list[Tensor], str | None]]) -> ItemBatch:
+        pictures, titles = zip(*items, strict=True)
+        return collate_items(pictures, titles, tokenizer=self.tokenizer, size=self.size)
+
+
+def without_titles(batch: ItemBatch) -> ItemBatch:
+    """The same items as if none had a title."""
+    return replace(batch, text_mask=torch.zeros_like(batch.text_mask))
+
+
+def without_images(batch: ItemBatch) -> ItemBatch:
+    """The same items as if none had a picture."""
+    return replace(batch, image_mask=torch.zeros_like(batch.image_mask))
+
+
+def _one_thread(worker: int) -> None:
+    # Workers share the cores with the trainer; their tensor work is too small to gain from threads.
+    torch.set_num_threads(1)

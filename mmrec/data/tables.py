@@ -1,0 +1,325 @@
+"""The interchange format: products, contents and links, as Parquet, CSV or JSONL files in one folder.
+
+| table    | columns                                                                            |
+|----------|------------------------------------------------------------------------------------|
+| products | product_id, title, images (list of paths or URLs); further columns are attributes   |
+| contents | content_id, title, video (a path or URL) or images (list); further columns are kept |
+| links    | content_id, product_id, weight (> 0, default 1), split (train, val or test)         |
+
+Paths are relative to the tables' folder. In CSV a list is a JSON array or paths joined by `|`.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from mmrec.errors import UserError
+from mmrec.manifest import FILE_NAME, Manifest, fingerprint_of, hash_file, read_manifest, write_manifest
+
+TABLE_NAMES = ("products", "contents", "links")
+FORMATS = (".parquet", ".csv", ".jsonl")
+SPLITS = ("train", "val", "test")
+
+_REQUIRED = {
+    "products": ("product_id", "images"),
+    "contents": ("content_id",),
+    "links": ("content_id", "product_id"),
+}
+# What people call our columns elsewhere; used only to word the error.
+_KNOWN = {
+    "products": ("product_id", "title", "images"),
+    "contents": ("content_id", "title", "video", "images"),
+    "links": ("content_id", "product_id", "weight", "split"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Three validated tables.
+
+    `products`: product_id string, title string (may be null), images list<string>, then attributes.
+    `contents`: content_id string, title string (may be null), video string (may be null), images
+    list<string> (may be empty), then further columns.
+    `links`: content_id string, product_id string, weight double, and split string where the file has it.
+    """
+
+    root: Path
+    """The folder that relative media paths start from."""
+    products: pa.Table
+    contents: pa.Table
+    links: pa.Table
+    fingerprint: str
+    """Hash of the three files' bytes."""
+
+    def path_of(self, media: str) -> str:
+        """The place of a media file: URLs as they are, paths joined to the tables' folder."""
+        return media if "://" in media else os.path.join(self.root, media)
+
+    @property
+    def attribute_columns(self) -> list[str]:
+        """The columns of products that are kept as attributes."""
+        return [name for name in self.products.column_names if name not in _KNOWN["products"]]
+
+
+def read_tables(folder: Path | str) -> Tables:
+    """Read and validate the three tables of a folder.
+
+    Raises `UserError` naming file, row and column for: a missing table, a missing or misspelt column,
+    an empty or duplicate id, a link to an unknown id, a weight that is not positive, a split that is
+    not train, val or test or that differs between links of one content, and a content without media.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected one with products, contents and links tables")
+    paths = {name: _find_table(folder, name) for name in TABLE_NAMES}
+    raw = {name: _read_file(path) for name, path in paths.items()}
+    for name, table in raw.items():
+        _check_columns(paths[name], name, table)
+    products = _normalise(paths["products"], raw["products"], text=["title"], lists=["images"])
+    contents = _normalise(
+        paths["contents"], raw["contents"], text=["title", "video"], lists=["images"]
+    )
+    links = _normalise_links(paths["links"], raw["links"])
+    _check_ids(paths["products"], products, "product_id")
+    _check_ids(paths["contents"], contents, "content_id")
+    _check_media(paths["products"], products, paths["contents"], contents)
+    _check_links(paths, products, contents, links)
+    fingerprint = fingerprint_of({name: hash_file(path) for name, path in paths.items()})
+    return Tables(
+        root=folder, products=products, contents=contents, links=links, fingerprint=fingerprint
+    )
+
+
+def write_tables(
+    folder: Path,
+    *,
+    products: Sequence[Mapping[str, Any]],
+    contents: Sequence[Mapping[str, Any]],
+    links: Sequence[Mapping[str, Any]],
+    config: dict[str, Any],
+    counts: dict[str, Any],
+) -> Tables:
+    """Write rows as Parquet tables with a manifest, and read them back through the same validation."""
+    for name, rows in (("products", products), ("contents", contents), ("links", links)):
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), folder / f"{name}.parquet")
+    tables = read_tables(folder)
+    write_manifest(
+        folder,
+        Manifest(kind="tables", config=config, counts=counts, fingerprint=tables.fingerprint),
+    )
+    return tables
+
+
+def tables_manifest(tables: Tables) -> Manifest:
+    """The manifest of a tables' folder; one is made up for tables that somebody else wrote."""
+    if (tables.root / FILE_NAME).is_file():
+        manifest = read_manifest(tables.root, "tables")
+        if manifest.fingerprint == tables.fingerprint:
+            return manifest
+    return Manifest(kind="tables", config={}, counts={}, fingerprint=tables.fingerprint)
+
+
+def _find_table(folder: Path, name: str) -> Path:
+    found = [folder / f"{name}{suffix}" for suffix in FORMATS if (folder / f"{name}{suffix}").is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{folder}: expected one {name} table, found {' and '.join(p.name for p in found)}")
+    raise UserError(f"{folder}: expected {name}.parquet, {name}.csv or {name}.jsonl, found none of them")
+
+
+def _read_file(path: Path) -> pa.Table:
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path)
+        if path.suffix == ".csv":
+            # Ids such as 00123 must not become numbers, so the known columns are read as text.
+            known = {column: pa.string() for columns in _KNOWN.values() for column in columns}
+            return pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pyarrow.csv.ConvertOptions(
+                    column_types=known, strings_can_be_null=True, null_values=[""]
+                ),
+            )
+        return pyarrow.json.read_json(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _check_columns(path: Path, name: str, table: pa.Table) -> None:
+    found = table.column_names
+    missing = [column for column in _REQUIRED[name] if column not in found]
+    if name == "contents" and not {"video", "images"} & set(found):
+        missing.append("video' or 'images")
+    if not missing:
+        return
+    close = _closest(missing[0].split("'")[0], [column for column in found if column not in _KNOWN[name]])
+    hint = f"; rename '{close}'?" if close else ""
+    raise UserError(f"{path}: missing column '{missing[0]}'; found {', '.join(found) or 'none'}{hint}")
+
+
+def _closest(wanted: str, columns: list[str]) -> str | None:
+    from difflib import get_close_matches
+
+    plain = {column.lower().replace("_", "").replace(" ", ""): column for column in columns}
+    close = get_close_matches(wanted.replace("_", ""), plain, n=1, cutoff=0.7)
+    return plain[close[0]] if close else None
+
+
+def _normalise(path: Path, table: pa.Table, *, text: list[str], lists: list[str]) -> pa.Table:
+    """Give the known columns their types and put them first."""
+    id_column = f"{path.stem.removesuffix('s')}_id"
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {id_column: _as_text(path, table, id_column)}
+    for name in text:
+        column = _as_text(path, table, name) if name in table.column_names else None
+        if column is not None:
+            blank = pc.equal(pc.utf8_trim_whitespace(column), "")
+            column = pc.if_else(blank, pa.scalar(None, pa.string()), column)
+        columns[name] = column if column is not None else pa.nulls(len(table), pa.string())
+    for name in lists:
+        columns[name] = _as_lists(path, table, name)
+    for name in table.column_names:
+        if name not in columns:
+            columns[name] = table[name]
+    return pa.table(columns)
+
+
+def _as_text(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+    try:
+        return table[name].cast(pa.string())
+    except pa.ArrowException:
+        raise UserError(f"{path}: column '{name}' is {table[name].type}, expected text") from None
+
+
+def _as_lists(path: Path, table: pa.Table, name: str) -> pa.Array | pa.ChunkedArray:
+    list_type = pa.list_(pa.string())
+    if name not in table.column_names or pa.types.is_null(table[name].type):
+        return pa.array([[]] * len(table), list_type)
+    column = table[name]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return pa.array([_split_list(path, row, cell) for row, cell in enumerate(column.to_pylist())], list_type)
+    try:
+        return pc.coalesce(column.cast(list_type), pa.scalar([], list_type))
+    except pa.ArrowException:
+        raise UserError(
+            f"{path}: column '{name}' is {column.type}, expected a list of paths or URLs"
+        ) from None
+
+
+def _split_list(path: Path, row: int, cell: str | None) -> list[str]:
+    if not cell:
+        return []
+    if not cell.startswith("["):
+        return [part.strip() for part in cell.split("|") if part.strip()]
+    try:
+        return [str(part) for part in json.loads(cell)]
+    except ValueError:
+        raise UserError(f"{path}: row {row + 1}: '{cell}' is not a JSON array of paths") from None
+
+
+def _normalise_links(path: Path, table: pa.Table) -> pa.Table:
+    columns = {name: _as_text(path, table, name) for name in ("content_id", "product_id")}
+    if "weight" in table.column_names:
+        try:
+            weight = table["weight"].cast(pa.float64())
+        except pa.ArrowException as error:
+            raise UserError(f"{path}: column 'weight' is not numeric: {_first_line(error)}") from None
+        columns["weight"] = pc.coalesce(weight, pa.scalar(1.0))
+    else:
+        columns["weight"] = pa.chunked_array([pa.array([1.0] * len(table))])
+    if "split" in table.column_names:
+        columns["split"] = _as_text(path, table, "split")
+    return pa.table(columns)
+
+
+def _row(mask: pa.ChunkedArray | pa.Array) -> int | None:
+    """The 1-based number of the first row where the mask holds, or None."""
+    position = pc.index(mask, True).as_py()
+    return None if position < 0 else position + 1
+
+
+def _check_ids(path: Path, table: pa.Table, column: str) -> None:
+    if not len(table):
+        raise UserError(f"{path}: has no rows")
+    ids = table[column]
+    row = _row(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(ids), ""), True))
+    if row:
+        raise UserError(f"{path}: row {row}: {column} is empty")
+    counts = pc.value_counts(ids)
+    if len(counts) < len(ids):
+        twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))[0].as_py()
+        rows = pc.indices_nonzero(pc.equal(ids, twice)).to_pylist()
+        raise UserError(f"{path}: row {rows[1] + 1}: duplicate {column} '{twice}', first in row {rows[0] + 1}")
+
+
+def _check_media(products_path: Path, products: pa.Table, path: Path, contents: pa.Table) -> None:
+    row = _row(pc.equal(pc.list_value_length(products["images"]), 0))
+    if row:
+        raise UserError(
+            f"{products_path}: row {row}: product '{products['product_id'][row - 1]}' has no images"
+        )
+    no_images = pc.equal(pc.list_value_length(contents["images"]), 0)
+    row = _row(pc.and_(pc.is_null(contents["video"]), no_images))
+    if row:
+        raise UserError(
+            f"{path}: row {row}: content '{contents['content_id'][row - 1]}' has neither video nor images"
+        )
+
+
+def _check_links(paths: Mapping[str, Path], products: pa.Table, contents: pa.Table, links: pa.Table) -> None:
+    path = paths["links"]
+    if not len(links):
+        raise UserError(f"{path}: has no rows, so there is nothing to learn from")
+    for table, column in ((contents, "content_id"), (products, "product_id")):
+        row = _row(pc.invert(pc.is_in(links[column], value_set=table[column].combine_chunks())))
+        if row:
+            unknown = links[column][row - 1].as_py()
+            raise UserError(
+                f"{path}: row {row}: {column} '{unknown}' is not in {paths[column[:-3] + 's'].name}"
+            )
+    good = pc.and_(pc.greater(links["weight"], 0), pc.is_finite(links["weight"]))
+    row = _row(pc.invert(good))
+    if row:
+        raise UserError(
+            f"{path}: row {row}: weight {links['weight'][row - 1].as_py()} is not positive and finite"
+        )
+    _check_pairs(path, links)
+    if "split" in links.column_names:
+        _check_splits(path, links)
+
+
+def _check_pairs(path: Path, links: pa.Table) -> None:
+    pairs = links.group_by(["content_id", "product_id"]).aggregate([([], "count_all")])
+    row = _row(pc.greater(pairs["count_all"], 1))
+    if row:
+        pair = pairs.slice(row - 1, 1).to_pylist()[0]
+        raise UserError(
+            f"{path}: the link '{pair['content_id']}' -> '{pair['product_id']}' occurs {pair['count_all']} times"
+        )
+
+
+def _check_splits(path: Path, links: pa.Table) -> None:
+    known = pc.fill_null(pc.is_in(links["split"], value_set=pa.array(SPLITS)), False)
+    row = _row(pc.invert(known))
+    if row:
+        found = links["split"][row - 1].as_py()
+        raise UserError(f"{path}: row {row}: split '{found}' is not train, val or test")
+    per_content = links.group_by("content_id").aggregate([("split", "count_distinct")])
+    row = _row(pc.greater(per_content["split_count_distinct"], 1))
+    if row:
+        content = per_content["content_id"][row - 1].as_py()
+        raise UserError(f"{path}: content '{content}' has links in more than one split")

@@ -1,0 +1,209 @@
+"""Lineage: the `manifest.json` in every folder of the flow, and how such a folder comes to be.
+
+A folder is built under a temporary name and renamed when it is whole. Its fingerprint is a hash of
+content alone, so that equal work gives equal fingerprints wherever and whenever it is done.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mmrec
+from mmrec.errors import UserError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """A folder that another one was made from."""
+
+    kind: str
+    """What the parent is: tables, shards, run, encoder, embeddings or index."""
+    fingerprint: str
+    """The parent's fingerprint when the child was made: this decides whether two folders belong together."""
+    path: str
+    """Where the parent lay, relative to the child: a hint for finding it, never a proof."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    kind: str
+    config: dict[str, Any]
+    """Every setting that the folder was made with."""
+    counts: dict[str, Any]
+    """Numbers of what came in, went out, and was dropped: `{"in": 9, "out": 8, "dropped": {"reason": 1}}`."""
+    fingerprint: str
+    parents: list[Parent] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    """Facts that only this kind of folder has."""
+    schema_version: int = SCHEMA_VERSION
+    mmrec_version: str = mmrec.__version__
+
+    def parent(self, kind: str) -> Parent | None:
+        """The first parent of that kind, if there is one."""
+        return next((parent for parent in self.parents if parent.kind == kind), None)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest into a folder; the last thing done before the folder is published."""
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, default=str)
+    temporary = folder / f".{FILE_NAME}.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(folder / FILE_NAME)
+
+
+def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
+    """Read a folder's manifest.
+
+    Raises `UserError` when the folder or its manifest is missing or broken, comes from a later schema,
+    or is of another kind than the caller asked for.
+    """
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder" + (f" (expected {kind})" if kind else ""))
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {FILE_NAME}, so it is not a folder that mmrec finished")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw["parents"] = [Parent(**parent) for parent in raw["parents"]]
+        manifest = Manifest(**raw)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a manifest that this version reads ({error})") from None
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema {manifest.schema_version}, and this mmrec ({mmrec.__version__}) reads up to "
+            f"{SCHEMA_VERSION}; install mmrec {manifest.mmrec_version} or later"
+        )
+    if kind is not None and manifest.kind != kind:
+        raise UserError(f"{folder}: expected {kind}, found {manifest.kind}")
+    return manifest
+
+
+def parent_of(child: Path, folder: Path, kind: str | None = None) -> Parent:
+    """The record that a folder at `child` keeps of the finished folder that it is made from."""
+    manifest = read_manifest(folder, kind)
+    return Parent(kind=manifest.kind, fingerprint=manifest.fingerprint, path=relative_path(child, folder))
+
+
+def relative_path(child: Path, folder: Path) -> str:
+    """The path of `folder` as seen from `child`, so that a tree of folders can be moved as a whole."""
+    return os.path.relpath(Path(folder).resolve(), Path(child).resolve())
+
+
+def find_parent(folder: Path, kind: str) -> Path | None:
+    """Where the parent of that kind lies now, or None when it has none, or it was moved or remade."""
+    record = read_manifest(folder).parent(kind)
+    if record is None:
+        return None
+    path = Path(os.path.normpath(Path(folder).resolve() / record.path))
+    if not (path / FILE_NAME).is_file() or read_manifest(path).fingerprint != record.fingerprint:
+        return None
+    return path
+
+
+def lineage(folder: Path | str) -> Iterator[tuple[int, Path, Parent | None, Manifest | None]]:
+    """Walk a folder and its ancestors, nearest first.
+
+    Yields (depth, path, the child's record of it, its manifest). The manifest is None where the folder
+    is no longer there; where its fingerprint differs from the record, it was made anew since.
+    """
+
+    def walk(
+        path: Path, record: Parent | None, depth: int
+    ) -> Iterator[tuple[int, Path, Parent | None, Manifest | None]]:
+        manifest = read_manifest(path) if (path / FILE_NAME).is_file() else None
+        yield depth, path, record, manifest
+        for parent in manifest.parents if manifest else []:
+            yield from walk(Path(os.path.normpath(path / parent.path)), parent, depth + 1)
+
+    read_manifest(folder)
+    yield from walk(Path(folder).resolve(), None, 0)
+
+
+def describe(folder: Path | str) -> str:
+    """A folder and its ancestors as text: what each holds, and whether the chain still fits."""
+    lines: list[str] = []
+    for depth, path, record, manifest in lineage(folder):
+        indent = "    " * depth
+        if manifest is None:
+            lines.append(f"{indent}{record.kind if record else '?'}  {path}  no longer there")
+            continue
+        stale = record is not None and record.fingerprint != manifest.fingerprint
+        note = f"  made anew since: was {record.fingerprint}" if stale and record else ""
+        lines.append(f"{indent}{manifest.kind}  {path}  {manifest.fingerprint}{note}")
+        facts = {"mmrec": manifest.mmrec_version, **manifest.counts, **manifest.details}
+        if depth == 0:
+            facts |= {f"config.{name}": value for name, value in manifest.config.items()}
+        lines += [f"{indent}    {name}: {_short(value)}" for name, value in facts.items()]
+    return "\n".join(lines)
+
+
+def lineage_to_json(folder: Path | str) -> str:
+    """The manifests of a folder and its ancestors as a JSON array, each with its path."""
+    chain = [
+        {"path": str(path), "depth": depth, "manifest": asdict(manifest) if manifest else None}
+        for depth, path, _, manifest in lineage(folder)
+    ]
+    return json.dumps(chain, ensure_ascii=False, default=str)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def fingerprint_of(parts: Mapping[str, str | bytes]) -> str:
+    """Hash named parts, in the order of their names, to 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        part = parts[name]
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(f"{name}\0{len(data)}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, an output folder that is already there."""
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists; give another --out, or --overwrite to replace it")
+
+
+@contextmanager
+def new_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Build a folder under a temporary name beside `path`, and rename it when the block ends well.
+
+    When the block fails the temporary folder is removed, and what was at `path` before stays.
+    """
+    path = Path(path)
+    check_output(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = path.parent / f".{path.name}.old-{os.getpid()}"
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Towers, fusion, the encoder and its losses."""

@@ -1,0 +1,235 @@
+"""The encoder: contents and products, whatever of them is there, to unit vectors in one space.
+
+Shape letters: B samples, T frames or images, D embedding width.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from mmrec.data.batches import ItemBatch, PairBatch, Tokenizer
+from mmrec.errors import UserError
+from mmrec.manifest import (
+    Manifest,
+    Parent,
+    fingerprint_of,
+    hash_file,
+    new_folder,
+    read_manifest,
+    write_manifest,
+)
+from mmrec.model.fusion import GatedSum, masked_mean
+from mmrec.model.towers import build_tokenizer, build_towers
+
+Side = Literal["content", "product"]
+Views = dict[str, tuple[Float[Tensor, "B D"], Bool[Tensor, "B"]]]
+"""Vectors by view and, beside each, which rows have that view."""
+
+MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What an encoder is made of."""
+
+    towers: str = "ViT-B-32"
+    """An open_clip architecture, mmrec-tiny, mmrec-small, or the path of a model config in JSON."""
+    pretrained: str = ""
+    """A tag of that architecture (fetched by open_clip) or a local file of weights; empty for random ones."""
+    image_size: int | None = None
+    """Side of the image tower's input in pixels; None keeps the architecture's own."""
+    separate_towers: bool = False
+    """Give products towers of their own, starting from equal weights, instead of sharing."""
+    num_frames: int = 8
+    """Frames of a content, and images of a product, that are looked at when embedding."""
+    start_scale: float = 1 / 0.07
+    """Where the learned scale of similarities starts (CLIP's is 1/0.07)."""
+
+
+class Encoder(nn.Module):
+    """Two towers shared by both sides, frame pooling, and a gated sum a side.
+
+    `embed` is what an index wants; `forward` gives every view that the loss compares.
+    """
+
+    def __init__(self, config: EncoderConfig, *, model_config: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        towers = build_towers(
+            config.towers,
+            pretrained=config.pretrained if model_config is None else "",
+            image_size=config.image_size,
+            model_config=model_config,
+        )
+        self.config = config
+        self.model_config = towers.model_config
+        self.preprocess = towers.preprocess
+        self.width = towers.width
+        self.image_tower = towers.image
+        self.text_tower = towers.text
+        self.product_image_tower = deepcopy(towers.image) if config.separate_towers else None
+        self.product_text_tower = deepcopy(towers.text) if config.separate_towers else None
+        self.gates = nn.ModuleDict({side: GatedSum(self.width) for side in ("content", "product")})
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.start_scale)))
+        self.register_buffer("mean", torch.tensor(towers.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(towers.std).view(3, 1, 1) * 255, persistent=False)
+        self.fingerprint: str | None = None
+        """Set by `save` and `load`; None for an encoder that is not on disk."""
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Titles to tokens, (B, L); made at first use, since some tokenizers are fetched."""
+        if self._tokenizer is None:
+            self._tokenizer = build_tokenizer(self.config.towers, self.model_config)
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.log_scale.device
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The learned scale of similarities: an inverse temperature."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def cap_scale(self) -> None:
+        """Hold the scale at 100 or below, as CLIP does; called after each optimizer step."""
+        self.log_scale.clamp_(max=math.log(MAX_SCALE))
+
+    def forward(self, batch: PairBatch) -> tuple[Views, Float[Tensor, ""]]:
+        """Every view of both sides of a batch of training rows, and the scale.
+
+        The scale comes out of here, not of the attribute, so that DDP sees it used.
+        """
+        views = {**self.views(batch.content, "content"), **self.views(batch.product, "product")}
+        return views, self.scale
+
+    def views(self, items: ItemBatch, side: Side) -> Views:
+        """The views of one side: pictures alone, title alone, and both fused."""
+        images = self._embed_images(items, side)
+        titles = self._embed_titles(items, side)
+        has_images = items.image_mask.any(1)
+        present = torch.stack([has_images, items.text_mask], dim=1)  # (B, 2)
+        fused = self.gates[side](torch.stack([images, titles], dim=1), present)
+        names = {
+            "content": ("content", "video", "content_title"),
+            "product": ("product", "image", "product_title"),
+        }[side]
+        return dict(
+            zip(
+                names,
+                [(fused, present.any(1)), (images, has_images), (titles, items.text_mask)],
+                strict=True,
+            )
+        )
+
+    @torch.inference_mode()
+    def embed(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
+        """Unit vectors of contents or products, in float32.
+
+        An item with neither pictures nor a title has no embedding: its row is zero.
+        """
+        vectors, _ = self.views(items.to(self.device), side)[side]
+        return vectors.float()
+
+    def embed_content(self, items: ItemBatch) -> Float[Tensor, "B D"]:
+        """Unit vectors of contents."""
+        return self.embed(items, "content")
+
+    def embed_product(self, items: ItemBatch) -> Float[Tensor, "B D"]:
+        """Unit vectors of products."""
+        return self.embed(items, "product")
+
+    def normalise_pixels(self, images: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
+        """Bytes to the floats that the image tower was trained on."""
+        pixels = images.to(self.mean.dtype, memory_format=torch.channels_last)
+        return (pixels - self.mean) / self.std
+
+    def _embed_images(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
+        tower = (self.product_image_tower if side == "product" else None) or self.image_tower
+        mask = items.image_mask
+        if not mask.any():
+            return torch.zeros(len(items), self.width, device=self.device)
+        # Padding is left out before the tower: it costs nothing, and never reaches batch statistics.
+        vectors = tower(self.normalise_pixels(items.images[mask]))  # (N, D)
+        frames = vectors.new_zeros(*mask.shape, self.width)
+        frames[mask] = normalize(vectors, dim=-1)  # (B, T, D)
+        return normalize(masked_mean(frames, mask), dim=-1)
+
+    def _embed_titles(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
+        tower = (self.product_text_tower if side == "product" else None) or self.text_tower
+        mask = items.text_mask
+        if not mask.any():
+            return torch.zeros(len(items), self.width, device=self.device)
+        vectors = tower(items.tokens[mask])  # (N, D)
+        titles = vectors.new_zeros(len(items), self.width)
+        titles[mask] = normalize(vectors, dim=-1)
+        return titles
+
+    def save(
+        self, folder: Path | str, *, parents: list[Parent] | None = None, overwrite: bool = False
+    ) -> str:
+        """Write config.json, model.safetensors and a manifest; returns the encoder's fingerprint.
+
+        Raises `UserError` when the folder is there already and `overwrite` is false.
+        """
+        with new_folder(folder, overwrite=overwrite) as temporary:
+            config = {"encoder": asdict(self.config), "towers": self.model_config}
+            text = json.dumps(config, indent=2)
+            (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+            weights = {name: part.detach().cpu().contiguous() for name, part in self.state_dict().items()}
+            save_file(weights, temporary / "model.safetensors")
+            self.fingerprint = fingerprint_of(
+                {"config": text, "weights": hash_file(temporary / "model.safetensors")}
+            )
+            write_manifest(
+                temporary,
+                Manifest(
+                    kind="encoder",
+                    config=asdict(self.config),
+                    counts={"parameters": sum(part.numel() for part in self.parameters())},
+                    parents=parents or [],
+                    fingerprint=self.fingerprint,
+                    details={"width": self.width, "tokenizer": self.config.towers},
+                ),
+            )
+        return self.fingerprint
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> "Encoder":
+        """Read an encoder written by `save`, ready to embed.
+
+        Raises `UserError` when the folder holds no encoder, or a broken one.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder, "encoder")
+        try:
+            text = (folder / "config.json").read_text(encoding="utf-8")
+            config = json.loads(text)
+            weights = load_file(folder / "model.safetensors", device="cpu")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder}: the encoder cannot be read: {error}") from None
+        known = {field.name for field in fields(EncoderConfig)}
+        encoder = cls(
+            EncoderConfig(**{k: v for k, v in config["encoder"].items() if k in known}),
+            model_config=config["towers"],
+        )
+        try:
+            encoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{folder}: weights and config do not fit: {str(error)[:300]}") from None
+        encoder.fingerprint = manifest.fingerprint
+        return encoder.eval().to(device)

@@ -1,0 +1,1 @@
+"""From an encoder to matches: embeddings, index, matcher, evaluation."""

@@ -1,0 +1,104 @@
+"""The run folder: its full config, its metrics as they come, and what it was made from.
+
+    <run>/config.json      every setting; a run can be started from it
+    <run>/metrics.jsonl    one JSON object a line: training steps and evaluations
+    <run>/checkpoints/     where to go on from (checkpoints.py)
+    <run>/encoder/         the best encoder so far
+    <run>/manifest.json    written when the run is finished
+"""
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmrec.errors import UserError
+
+Config = TypeVar("Config")
+
+
+class RunFolder:
+    """Appends to a run's files; only the main process holds one."""
+
+    def __init__(self, path: Path, config: Any, *, from_step: int | None) -> None:
+        """Open a run folder for writing.
+
+        `from_step` is the step that a resumed run goes on from: lines logged past it are dropped, since
+        they will be logged again. None starts afresh.
+        """
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(config), indent=2, default=str)
+        (path / "config.json").write_text(text + "\n", encoding="utf-8")
+        self.metrics_path = path / "metrics.jsonl"
+        kept = [] if from_step is None else read_metrics(path)
+        lines = [json.dumps(row) for row in kept if row["step"] <= (from_step or 0)]
+        self.metrics_path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def log(self, row: Mapping[str, float | int]) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a line cut short by a crash is left out."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def read_config(path: Path, kind: type[Config]) -> Config:
+    """Read a run's config.json back into its dataclass.
+
+    Raises `UserError` when the file cannot be read, or has a field that the dataclass has not.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a config: {error}") from None
+    return _from_dict(kind, raw, path)
+
+
+def _from_dict(kind: Any, raw: Any, path: Path) -> Any:
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected an object for {kind.__name__}, found {type(raw).__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = set(raw) - {field.name for field in fields(kind)}
+    if unknown:
+        raise UserError(f"{path}: {kind.__name__} has no field '{min(unknown)}'")
+    return kind(**{name: _value(hints[name], value, path) for name, value in raw.items()})
+
+
+def _value(hint: Any, value: Any, path: Path) -> Any:
+    if value is None:
+        return None
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if is_dataclass(hint):
+        return _from_dict(hint, value, path)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return Path(value) if hint is Path else value
+
+
+def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Names of the fields in which two configs of a kind differ, with both values."""
+    found: list[str] = []
+    for field in fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if is_dataclass(before) and type(before) is type(after):
+            found += differing_fields(before, after, f"{prefix}{field.name}.")
+        elif before != after:
+            found.append(f"{prefix}{field.name} {before!r} -> {after!r}")
+    return found

@@ -1,0 +1,382 @@
+"""Train an encoder of contents and products by contrastive learning on shards.
+
+Input: a folder of shards (data_prep/make_shards.py). Output: a run folder with config.json, metrics.jsonl,
+checkpoints, and the best encoder.
+
+    accelerate launch --config_file accelerate_config.yaml train/contrastive.py demo \
+        --shards runs/demo/shards --out runs/demo/train
+
+The first argument is a recipe below, or the config.json of an earlier run; flags override its fields. The
+demo recipe takes about 3 minutes on 2 cores. See README.md for what each recipe reaches.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from tqdm import tqdm
+
+from mmrec.cli import run_program
+from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
+from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
+from mmrec.data.shards import open_shards
+from mmrec.errors import UserError
+from mmrec.manifest import Manifest, fingerprint_of, hash_file, parent_of, read_manifest, write_manifest
+from mmrec.model.encoder import Encoder, EncoderConfig
+from mmrec.model.losses import Objectives, contrastive_loss
+from mmrec.retrieval.evaluation import Gallery, measure
+from mmrec.training.checkpoints import Progress, list_checkpoints, read_progress, save_checkpoint
+from mmrec.training.progress import Stopwatch
+from mmrec.training.run import RunFolder, differing_fields, read_config
+from mmrec.training.schedules import warmup_cosine
+
+# --- config ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, a linear warm-up and half a cosine."""
+
+    learning_rate: float = 1e-3
+    """The peak."""
+    weight_decay: float = 0.05
+    """On matrices and kernels; not on biases, norms or the scale."""
+    beta2: float = 0.98
+    """AdamW's second moment; below the usual 0.999 because batches of a contrastive loss vary."""
+    warmup: float = 0.05
+    """Share of all steps over which the learning rate rises."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that a run is made from."""
+
+    shards: Path
+    """The folder written by data_prep/make_shards.py."""
+    out: Path
+    """The run folder."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objectives: Objectives = field(default_factory=Objectives)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: int = 30
+    """Times that each training content is shown."""
+    num_frames: int = 4
+    """Frames of a content in a training row, one drawn from each of as many equal spans."""
+    num_images: int = 1
+    """Images of a product in a training row, drawn at random."""
+    accumulation: int = 1
+    """Batches whose gradients are added up before a step; each is a contrastive batch of its own."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """None takes what accelerate's own config says."""
+    num_workers: int = 2
+    """Loader processes a rank; 0 loads in the training process."""
+    eval_every: int = 0
+    """Steps between evaluations on the val split; 0 evaluates at the end of each epoch."""
+    best_metric: Literal["R@1", "R@5", "R@10", "MRR", "nDCG@10"] = "MRR"
+    """The val metric whose best value picks the exported encoder."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is one at the end in any case."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    trackers: tuple[str, ...] = ()
+    """Names of Accelerate trackers to log to as well, such as tensorboard or wandb."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, or start if there is none."""
+    seed: int = 0
+    """Starts the weights; the order of the data has a seed of its own in `sampler`."""
+
+
+_NOWHERE = Path("")
+RECIPES: dict[str, TrainConfig] = {
+    # The generated catalogue on two cores: small frames, printed words, so nothing is mirrored.
+    "demo": TrainConfig(
+        shards=_NOWHERE,
+        out=_NOWHERE,
+        encoder=EncoderConfig(towers="mmrec-tiny", num_frames=6),
+        sampler=SamplerConfig(batch_size=64),
+        augment=AugmentConfig(min_scale=0.6, flip=0.0, color=0.2),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+        epochs=14,
+        num_frames=2,
+        eval_every=0,
+    ),
+    # GroceryStore photos or clips from random weights on four cores.
+    "grocery": TrainConfig(
+        shards=_NOWHERE,
+        out=_NOWHERE,
+        encoder=EncoderConfig(towers="mmrec-small", num_frames=8),
+        sampler=SamplerConfig(batch_size=64),
+        augment=AugmentConfig(min_scale=0.3, flip=0.5, color=0.3),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        epochs=40,
+        num_frames=2,
+        best_metric="R@1",
+    ),
+    # Fine-tuning open_clip's ViT-B/32 on one GPU.
+    "vit-b-32": TrainConfig(
+        shards=_NOWHERE,
+        out=_NOWHERE,
+        encoder=EncoderConfig(towers="ViT-B-32", pretrained="laion2b_s34b_b79k"),
+        sampler=SamplerConfig(batch_size=256),
+        optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.2),
+        epochs=10,
+        num_workers=8,
+        mixed_precision="bf16",
+    ),
+}
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Read a recipe's name, or an earlier run's config.json, and the flags that override it."""
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if first is None and arguments and arguments[0] in ("-h", "--help"):
+        first, arguments = "demo", ["demo", *arguments]
+    if first is None or (first not in RECIPES and not first.endswith(".json")):
+        raise UserError(
+            f"expected a recipe ({', '.join(RECIPES)}) or a config.json as the first argument, "
+            f"found {first or 'none'}"
+        )
+    default = RECIPES[first] if first in RECIPES else read_config(Path(first), TrainConfig)
+    if default.shards == _NOWHERE:
+        # Without a default of their own, tyro asks for these two.
+        default = replace(default, shards=tyro.MISSING, out=tyro.MISSING)
+    return tyro.cli(TrainConfig, default=default, args=arguments[1:], prog=f"contrastive.py {first}")
+
+
+def check(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+    """Find the checkpoint to go on from, and refuse what cannot work before any work is done."""
+    for name, value in (("epochs", config.epochs), ("num-frames", config.num_frames)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: expected at least 1")
+    checkpoints = list_checkpoints(config.out)
+    if not config.resume and (config.out / "metrics.jsonl").exists():
+        raise UserError(f"{config.out}: holds a run already; --resume goes on with it, or give another --out")
+    if not config.resume or not checkpoints:
+        return None
+    earlier = read_config(config.out / "config.json", TrainConfig)
+    # Where and how fast may change on resume; what is learned may not.
+    free = {
+        name: getattr(config, name)
+        for name in ("shards", "out", "resume", "num_workers", "trackers", "log_every", "keep_checkpoints")
+    }
+    changed = differing_fields(replace(earlier, **free), config)
+    if changed:
+        raise UserError(f"{config.out}: cannot resume with another config: {'; '.join(changed)}")
+    return checkpoints[-1]
+
+
+# --- model and optimizer -----------------------------------------------------------------------------
+
+
+def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on everything that has at least two dimensions."""
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in weights if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+    )
+
+
+def main(config: TrainConfig) -> None:
+    """Train, evaluate while training, and export the best encoder."""
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with=list(config.trackers) or None,
+        project_dir=config.out,
+        # A batch may hold no title at all, and then the text tower has no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    checkpoint = check(config, accelerator)
+    set_seed(config.seed)
+
+    # --- data ----------------------------------------------------------------------------------------
+    train = open_shards(config.shards, "contents", "train")
+    numbers = number_products(train.product_ids)
+    batches = GlobalBatches(
+        config.sampler,
+        shard_sizes=train.shard_sizes,
+        products=[[numbers[p] for p in ids] for ids in train.product_ids],
+        weights=train.weights,
+    )
+    splits = read_manifest(config.shards, "shards").details["splits"]
+    has_val = splits.get("val", {}).get("contents", 0) > 0
+    gallery = Gallery.open(config.shards, "val") if has_val else None
+    total_batches = config.epochs * batches.steps_per_epoch
+    total_steps = total_batches // config.accumulation
+    if not total_steps:
+        raise UserError(f"{total_batches} batches do not make one step of --accumulation {config.accumulation}")
+    eval_every = config.eval_every or max(1, batches.steps_per_epoch // config.accumulation)
+
+    # --- model ---------------------------------------------------------------------------------------
+    encoder = Encoder(config.encoder)
+    tokenizer = encoder.tokenizer
+    optimizer = build_optimizer(encoder, config.optimizer)
+    model, optimizer = accelerator.prepare(encoder, optimizer)
+
+    progress = Progress()
+    if checkpoint:
+        progress = read_progress(checkpoint)
+        accelerator.load_state(str(checkpoint))
+    run = None
+    if accelerator.is_main_process:
+        run = RunFolder(config.out, config, from_step=progress.step if checkpoint else None)
+    if config.trackers:
+        accelerator.init_trackers("mmrec")
+    loader = pair_loader(
+        PairDataset(
+            train,
+            numbers,
+            preprocess=encoder.preprocess,
+            augment=config.augment,
+            num_frames=config.num_frames,
+            num_images=config.num_images,
+            seed=config.sampler.seed,
+        ),
+        RankBatches(
+            batches,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_epochs=config.epochs,
+            start_epoch=progress.epoch,
+            start_step=progress.batch,
+        ),
+        tokenizer=tokenizer,
+        size=encoder.preprocess.size,
+        num_workers=config.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+    # --- step ----------------------------------------------------------------------------------------
+    def train_on(batch: PairBatch, step: int) -> dict[str, torch.Tensor]:
+        """One batch forward and backward; an optimizer step when enough have been added up."""
+        warmup = max(1, round(config.optimizer.warmup * total_steps))
+        factor = warmup_cosine(step, total=total_steps, warmup=warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.learning_rate * factor
+        batch = batch.to(accelerator.device)
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                views, scale = model(batch)
+            losses = contrastive_loss(views, batch, scale, config.objectives)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+                losses["gradient_norm"] = torch.as_tensor(norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        encoder.cap_scale()
+        return losses
+
+    def record(row: dict[str, Any]) -> None:
+        if run:
+            run.log(row)
+        if config.trackers:
+            accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def evaluate(progress: Progress) -> Progress:
+        """Measure retrieval on the val split and export the encoder if it is the best so far."""
+        value = -math.inf
+        if gallery:
+            metrics = measure(accelerator.unwrap_model(model), gallery, num_workers=0)
+            value = metrics[config.best_metric]
+            record({"step": progress.step, **{f"val/{name}": v for name, v in metrics.items()}})
+            bar.write(
+                f"step {progress.step}: val "
+                + "  ".join(f"{name} {v:.3f}" for name, v in metrics.items()),
+                file=sys.stderr,
+            )
+        if value > progress.best or (not gallery and progress.step == total_steps):
+            if accelerator.is_main_process:
+                parent = parent_of(config.out / "encoder", config.shards, "shards")
+                encoder.save(config.out / "encoder", parents=[parent], overwrite=True)
+            progress = replace(progress, best=value)
+        accelerator.wait_for_everyone()
+        return progress
+
+    # --- loop ----------------------------------------------------------------------------------------
+    bar = tqdm(
+        total=total_steps, initial=progress.step, desc="train", unit="step", disable=run is None
+    )
+    started = time.perf_counter()
+    if not checkpoint:
+        progress = evaluate(progress)
+    model.train()
+    watch = Stopwatch()
+    micro = progress.epoch * batches.steps_per_epoch + progress.batch
+    for batch in watch.waiting(loader):
+        if progress.step == total_steps:
+            break
+        losses = train_on(batch, progress.step)
+        watch.add(len(batch) * accelerator.num_processes)
+        micro += 1
+        if micro % config.accumulation:
+            continue
+        epoch, place = divmod(micro, batches.steps_per_epoch)
+        progress = replace(progress, step=progress.step + 1, epoch=epoch, batch=place)
+        bar.update()
+        if progress.step % config.log_every == 0 or progress.step == total_steps:
+            row = {name: float(value) for name, value in losses.items()}
+            row |= {"lr": optimizer.param_groups[0]["lr"], "scale": float(encoder.scale), **watch.report()}
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {row['loss']} at step {progress.step}, samples {batch.samples.tolist()}"
+                )
+            record({"step": progress.step, "epoch": micro / batches.steps_per_epoch, **row})
+            bar.set_postfix({"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_s']:.0f}"})
+        if progress.step % eval_every == 0 or progress.step == total_steps:
+            progress = evaluate(progress)
+            model.train()
+            watch.report()
+        if progress.step % config.checkpoint_every == 0 or progress.step == total_steps:
+            save_checkpoint(accelerator, config.out, progress, keep=config.keep_checkpoints)
+    bar.close()
+
+    # --- save ----------------------------------------------------------------------------------------
+    if run:
+        minutes = (time.perf_counter() - started) / 60
+        finish(config, progress, total_batches * config.sampler.batch_size, minutes)
+    if config.trackers:
+        accelerator.end_training()
+
+
+def finish(config: TrainConfig, progress: Progress, samples: int, minutes: float) -> None:
+    """Write the run's manifest and say where the encoder is."""
+    encoder = read_manifest(config.out / "encoder", "encoder")
+    raw = read_config(config.out / "config.json", TrainConfig)
+    write_manifest(
+        config.out,
+        Manifest(
+            kind="run",
+            config=vars(raw),
+            counts={"steps": progress.step, "in": samples, "out": samples, "dropped": {}},
+            parents=[parent_of(config.out, config.shards, "shards")],
+            fingerprint=fingerprint_of(
+                {"encoder": encoder.fingerprint, "config": hash_file(config.out / "config.json")}
+            ),
+            details={"best": {config.best_metric: progress.best}, "minutes": round(minutes, 2)},
+        ),
+    )
+    print(f"trained {progress.step} steps in {minutes:.1f} min; best val {config.best_metric} {progress.best:.3f}")
+    print(f"encoder: {config.out / 'encoder'}")
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(parse(sys.argv[1:])))
