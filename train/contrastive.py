@@ -333,7 +333,7 @@ def main(config: TrainConfig) -> None:
         progress = replace(progress, step=progress.step + 1, epoch=epoch, batch=place)
         bar.update()
         if progress.step % config.log_every == 0 or progress.step == total_steps:
-            row = {name: float(value) for name, value in losses.items()}
+            row = {name: float(value.detach()) for name, value in losses.items()}
             row |= {"lr": optimizer.param_groups[0]["lr"], "scale": float(encoder.scale), **watch.report()}
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(

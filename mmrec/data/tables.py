@@ -1,4 +1,4 @@
-"""The interchange format: products, contents and links, as Parquet, CSV or JSONL files in one folder.
+"""The interchange format: products, contents and links, as Parquet, CSV or JSONL files in a folder.
 
 | table    | columns                                                                            |
 |----------|------------------------------------------------------------------------------------|
@@ -8,6 +8,9 @@
 
 Paths are relative to the tables' folder. In CSV a list is a JSON array or paths joined by `|`.
 """
+
+# pyright: reportAttributeAccessIssue=false
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
 
 import json
 import os
@@ -23,7 +26,14 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from mmrec.errors import UserError
-from mmrec.manifest import FILE_NAME, Manifest, fingerprint_of, hash_file, read_manifest, write_manifest
+from mmrec.manifest import (
+    FILE_NAME,
+    Manifest,
+    fingerprint_of,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
 
 TABLE_NAMES = ("products", "contents", "links")
 FORMATS = (".parquet", ".csv", ".jsonl")
@@ -34,7 +44,7 @@ _REQUIRED = {
     "contents": ("content_id",),
     "links": ("content_id", "product_id"),
 }
-# What people call our columns elsewhere; used only to word the error.
+# All columns with a meaning here; any other is kept as it is.
 _KNOWN = {
     "products": ("product_id", "title", "images"),
     "contents": ("content_id", "title", "video", "images"),
@@ -49,7 +59,8 @@ class Tables:
     `products`: product_id string, title string (may be null), images list<string>, then attributes.
     `contents`: content_id string, title string (may be null), video string (may be null), images
     list<string> (may be empty), then further columns.
-    `links`: content_id string, product_id string, weight double, and split string where the file has it.
+    `links`: content_id string, product_id string, weight double, and split string where the file
+    has it.
     """
 
     root: Path
@@ -73,13 +84,16 @@ class Tables:
 def read_tables(folder: Path | str) -> Tables:
     """Read and validate the three tables of a folder.
 
-    Raises `UserError` naming file, row and column for: a missing table, a missing or misspelt column,
-    an empty or duplicate id, a link to an unknown id, a weight that is not positive, a split that is
-    not train, val or test or that differs between links of one content, and a content without media.
+    Raises `UserError` naming file, row and column for: a missing table, a missing or misspelt
+    column, an empty or duplicate id, a link to an unknown id, a weight that is not positive, a
+    split that is not train, val or test or that differs between links of one content, and a content
+    without media.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected one with products, contents and links tables")
+        raise UserError(
+            f"{folder}: no such folder; expected one with products, contents and links tables"
+        )
     paths = {name: _find_table(folder, name) for name in TABLE_NAMES}
     raw = {name: _read_file(path) for name, path in paths.items()}
     for name, table in raw.items():
@@ -108,9 +122,12 @@ def write_tables(
     config: dict[str, Any],
     counts: dict[str, Any],
 ) -> Tables:
-    """Write rows as Parquet tables with a manifest, and read them back through the same validation."""
+    """Write rows as Parquet tables with a manifest, and read them back, validated as any others."""
     for name, rows in (("products", products), ("contents", contents), ("links", links)):
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), folder / f"{name}.parquet")
+        # Arrow would take the columns of the first row alone.
+        columns = dict.fromkeys(column for row in rows for column in row)
+        table = pa.table({column: [row.get(column) for row in rows] for column in columns})
+        pq.write_table(table, folder / f"{name}.parquet")
     tables = read_tables(folder)
     write_manifest(
         folder,
@@ -129,12 +146,15 @@ def tables_manifest(tables: Tables) -> Manifest:
 
 
 def _find_table(folder: Path, name: str) -> Path:
-    found = [folder / f"{name}{suffix}" for suffix in FORMATS if (folder / f"{name}{suffix}").is_file()]
+    candidates = [folder / f"{name}{suffix}" for suffix in FORMATS]
+    found = [path for path in candidates if path.is_file()]
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{folder}: expected one {name} table, found {' and '.join(p.name for p in found)}")
-    raise UserError(f"{folder}: expected {name}.parquet, {name}.csv or {name}.jsonl, found none of them")
+        names = " and ".join(path.name for path in found)
+        raise UserError(f"{folder}: expected one {name} table, found {names}")
+    names = " or ".join(path.name for path in candidates)
+    raise UserError(f"{folder}: has no {name} table; expected {names}")
 
 
 def _read_file(path: Path) -> pa.Table:
@@ -153,7 +173,8 @@ def _read_file(path: Path) -> pa.Table:
             )
         return pyarrow.json.read_json(path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from None
+        kind = path.suffix[1:]
+        raise UserError(f"{path}: cannot be read as {kind}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -167,9 +188,11 @@ def _check_columns(path: Path, name: str, table: pa.Table) -> None:
         missing.append("video' or 'images")
     if not missing:
         return
-    close = _closest(missing[0].split("'")[0], [column for column in found if column not in _KNOWN[name]])
+    others = [column for column in found if column not in _KNOWN[name]]
+    close = _closest(missing[0].split("'")[0], others)
     hint = f"; rename '{close}'?" if close else ""
-    raise UserError(f"{path}: missing column '{missing[0]}'; found {', '.join(found) or 'none'}{hint}")
+    listed = ", ".join(found) or "none"
+    raise UserError(f"{path}: missing column '{missing[0]}'; found {listed}{hint}")
 
 
 def _closest(wanted: str, columns: list[str]) -> str | None:
@@ -211,9 +234,15 @@ def _as_lists(path: Path, table: pa.Table, name: str) -> pa.Array | pa.ChunkedAr
         return pa.array([[]] * len(table), list_type)
     column = table[name]
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return pa.array([_split_list(path, row, cell) for row, cell in enumerate(column.to_pylist())], list_type)
+        cells = [_split_list(path, row, cell) for row, cell in enumerate(column.to_pylist())]
+        return pa.array(cells, list_type)
     try:
-        return pc.coalesce(column.cast(list_type), pa.scalar([], list_type))
+        lists = pc.coalesce(column.cast(list_type), pa.scalar([], list_type))
+        entries = pc.utf8_trim_whitespace(pc.list_flatten(lists))
+        if pc.any(pc.fill_null(pc.equal(entries, ""), True)).as_py():
+            cells = [[part for part in cell if part and part.strip()] for cell in lists.to_pylist()]
+            lists = pa.array(cells, list_type)
+        return lists
     except pa.ArrowException:
         raise UserError(
             f"{path}: column '{name}' is {column.type}, expected a list of paths or URLs"
@@ -226,7 +255,7 @@ def _split_list(path: Path, row: int, cell: str | None) -> list[str]:
     if not cell.startswith("["):
         return [part.strip() for part in cell.split("|") if part.strip()]
     try:
-        return [str(part) for part in json.loads(cell)]
+        return [str(part) for part in json.loads(cell) if part]
     except ValueError:
         raise UserError(f"{path}: row {row + 1}: '{cell}' is not a JSON array of paths") from None
 
@@ -237,7 +266,8 @@ def _normalise_links(path: Path, table: pa.Table) -> pa.Table:
         try:
             weight = table["weight"].cast(pa.float64())
         except pa.ArrowException as error:
-            raise UserError(f"{path}: column 'weight' is not numeric: {_first_line(error)}") from None
+            reason = _first_line(error)
+            raise UserError(f"{path}: column 'weight' is not numeric: {reason}") from None
         columns["weight"] = pc.coalesce(weight, pa.scalar(1.0))
     else:
         columns["weight"] = pa.chunked_array([pa.array([1.0] * len(table))])
@@ -263,24 +293,26 @@ def _check_ids(path: Path, table: pa.Table, column: str) -> None:
     if len(counts) < len(ids):
         twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))[0].as_py()
         rows = pc.indices_nonzero(pc.equal(ids, twice)).to_pylist()
-        raise UserError(f"{path}: row {rows[1] + 1}: duplicate {column} '{twice}', first in row {rows[0] + 1}")
+        raise UserError(
+            f"{path}: row {rows[1] + 1}: duplicate {column} '{twice}', first in row {rows[0] + 1}"
+        )
 
 
 def _check_media(products_path: Path, products: pa.Table, path: Path, contents: pa.Table) -> None:
     row = _row(pc.equal(pc.list_value_length(products["images"]), 0))
     if row:
-        raise UserError(
-            f"{products_path}: row {row}: product '{products['product_id'][row - 1]}' has no images"
-        )
+        product = products["product_id"][row - 1].as_py()
+        raise UserError(f"{products_path}: row {row}: product '{product}' has no images")
     no_images = pc.equal(pc.list_value_length(contents["images"]), 0)
     row = _row(pc.and_(pc.is_null(contents["video"]), no_images))
     if row:
-        raise UserError(
-            f"{path}: row {row}: content '{contents['content_id'][row - 1]}' has neither video nor images"
-        )
+        content = contents["content_id"][row - 1].as_py()
+        raise UserError(f"{path}: row {row}: content '{content}' has neither video nor images")
 
 
-def _check_links(paths: Mapping[str, Path], products: pa.Table, contents: pa.Table, links: pa.Table) -> None:
+def _check_links(
+    paths: Mapping[str, Path], products: pa.Table, contents: pa.Table, links: pa.Table
+) -> None:
     path = paths["links"]
     if not len(links):
         raise UserError(f"{path}: has no rows, so there is nothing to learn from")
@@ -294,9 +326,8 @@ def _check_links(paths: Mapping[str, Path], products: pa.Table, contents: pa.Tab
     good = pc.and_(pc.greater(links["weight"], 0), pc.is_finite(links["weight"]))
     row = _row(pc.invert(good))
     if row:
-        raise UserError(
-            f"{path}: row {row}: weight {links['weight'][row - 1].as_py()} is not positive and finite"
-        )
+        weight = links["weight"][row - 1].as_py()
+        raise UserError(f"{path}: row {row}: weight {weight} is not positive and finite")
     _check_pairs(path, links)
     if "split" in links.column_names:
         _check_splits(path, links)
@@ -308,7 +339,8 @@ def _check_pairs(path: Path, links: pa.Table) -> None:
     if row:
         pair = pairs.slice(row - 1, 1).to_pylist()[0]
         raise UserError(
-            f"{path}: the link '{pair['content_id']}' -> '{pair['product_id']}' occurs {pair['count_all']} times"
+            f"{path}: the link '{pair['content_id']}' -> '{pair['product_id']}' "
+            f"occurs {pair['count_all']} times"
         )
 
 

@@ -78,7 +78,7 @@ def build_towers(
                 force_image_size=image_size,
                 pretrained_text=False,
             )
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, KeyError) as error:
         if not pretrained:
             raise
         reason = " ".join(str(error).split())

@@ -225,9 +225,9 @@ class ProductIndex:
         rows = self._rows_of(ids)
         try:
             with self._lock:
-                inverted = faiss.try_extract_index_ivf(self._base)
-                if inverted is not None:
-                    inverted.make_direct_map()  # where each vector lies; a second call does nothing
+                core = _core(self._base)
+                if isinstance(core, faiss.IndexIVF):
+                    core.make_direct_map()  # where each vector lies; a second call does nothing
                 return self._base.reconstruct_batch(rows)
         except RuntimeError as error:
             raise UserError(
@@ -378,25 +378,38 @@ def _build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
             f"'{factory}' is not a FAISS factory for inner products of width {vectors.shape[1]} "
             f"({_reason(error)}); try Flat, HNSW32 or IVF64,Flat"
         ) from None
-    _set_search_effort(base)
+    _set_effort(base)
     try:
         base.train(vectors)
+        base.add(vectors)
     except RuntimeError as error:
         raise UserError(
-            f"factory '{factory}' cannot be trained on {len(vectors)} vectors ({_reason(error)}); "
-            "Flat and HNSW32 need no training"
+            f"factory '{factory}' cannot be built from {len(vectors)} vectors ({_reason(error)}); "
+            "Flat and HNSW32 need no training and take any number"
         ) from None
-    base.add(vectors)
     return base
 
 
-def _set_search_effort(base: Any) -> None:
-    """Recall before speed, until it is tuned; FAISS saves both numbers with the index."""
-    inverted = faiss.try_extract_index_ivf(base)
-    if inverted is not None:
-        inverted.nprobe = max(1, inverted.nlist // _PROBED_SHARE)
-    if isinstance(base, faiss.IndexHNSW):
-        base.hnsw.efSearch = _HNSW_CANDIDATES
+def _set_effort(base: Any) -> None:
+    """Set what the factory string leaves open; FAISS saves these with the index."""
+    core = _core(base)
+    if hasattr(core, "do_polysemous_training"):
+        # It renumbers a product quantizer's codes for a search by Hamming distance, which is not
+        # done here, and takes nine tenths of the training time.
+        core.do_polysemous_training = False
+    if isinstance(core, faiss.IndexIVF):
+        core.nprobe = max(1, core.nlist // _PROBED_SHARE)
+    if isinstance(core, faiss.IndexHNSW):
+        core.hnsw.efSearch = _HNSW_CANDIDATES
+
+
+def _core(base: Any) -> Any:
+    """The index that holds the vectors, under any transform, id map or refinement."""
+    while True:
+        wrapped = getattr(base, "index", None) or getattr(base, "base_index", None)
+        if wrapped is None:
+            return base
+        base = faiss.downcast_index(wrapped)
 
 
 def _reason(error: Exception) -> str:

@@ -6,6 +6,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from clips import moving_square, read_clip, write_clip
@@ -79,6 +80,23 @@ def test_frames_of_any_number_are_at_the_middles(tmp_path):
         _, times = decode_video(path, num_frames=num_frames)
         middles = [int((i + 0.5) * 11 / num_frames) for i in range(num_frames)]
         assert times == pytest.approx([i / 10 for i in middles], abs=1e-3)
+
+
+def test_a_container_that_promises_more_frames_than_it_has_does_not_hang(tmp_path):
+    path = write_clip(tmp_path / "whole.mp4", moving_square(60), 30, options={"g": "30"})
+    nothing = bytes(
+        [0, 0, 0, 5, 12, 255, 255, 255, 128]
+    )  # H.264 filler: a packet without a picture
+    with av.open(str(path)) as whole, av.open(str(tmp_path / "hollow.mp4"), "w") as hollow:
+        stream = hollow.add_stream_from_template(whole.streams.video[0])
+        for number, packet in enumerate(p for p in whole.demux(video=0) if p.size):
+            copy = av.Packet(nothing if number >= 40 else bytes(packet))
+            copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
+            copy.time_base, copy.is_keyframe = packet.time_base, packet.is_keyframe
+            copy.stream = stream
+            hollow.mux(copy)
+    with pytest.raises(MediaError, match="cannot decode video"):
+        decode_video(tmp_path / "hollow.mp4", num_frames=60)
 
 
 def bad_videos(folder: Path) -> dict[str, Path | bytes]:
@@ -161,10 +179,9 @@ def test_media_errors_travel_between_processes():
 # The samples' timestamps are all zero, so a seek has nothing to go by.
 @pytest.mark.skipif(not (SHARED / "panda70m_samples").is_dir(), reason="no shared videos")
 def test_real_clips_without_timestamps():
-    paths = sorted((SHARED / "panda70m_samples" / "videos").glob("*.mp4"))
+    paths = sorted((SHARED / "panda70m_samples" / "videos").glob("*.mp4"))[::4]
     reasons = {}
-    checked = 0
-    for path in paths:
+    for number, path in enumerate(paths):
         try:
             frames, times = decode_video(path, num_frames=8)
         except MediaError as error:
@@ -173,15 +190,13 @@ def test_real_clips_without_timestamps():
         assert len(frames) == 8
         assert np.all(np.diff(times) > 0)
         assert 0 <= times[0] < times[-1] < 60
-        if len(times) and checked < 10:
+        if number % 10 == 0:
             all_frames, _ = read_clip(path)
             wanted = [(2 * i + 1) * len(all_frames) // 16 for i in range(8)]
             for frame, i in zip(frames, wanted, strict=True):
                 assert difference(frame, all_frames[i]) < 1
-            checked += 1
-    assert checked == 10
     assert set(reasons.values()) <= {"broken video timestamps"}
-    assert len(reasons) < len(paths) / 4
+    assert len(reasons) <= len(paths) / 5
 
 
 @pytest.mark.skipif(not (SHARED / "asl_gestures_intel").is_dir(), reason="no shared videos")
@@ -242,23 +257,25 @@ def test_alpha_is_laid_over_white():
     assert found[1, 0].tolist() == [204, 204, 204]
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "PA", "YCbCr", "I;16", "F"])
-def test_other_modes_become_rgb(mode):
+@pytest.mark.parametrize(
+    ("mode", "file_format"),
+    [("L", "PNG"), ("LA", "PNG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("F", "TIFF")],
+)
+def test_other_modes_become_rgb(mode, file_format):
     grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
-    if mode == "I;16":
-        image, data_format = Image.fromarray(grey.astype(np.uint16) * 257), "PNG"
-    else:
-        image = Image.fromarray(grey).convert("L" if mode == "F" else "RGB")
-        image, data_format = image.convert("LA" if mode == "PA" else mode), "TIFF"
-        image = image.convert("PA") if mode == "PA" else image
-        data_format = "PNG" if mode in ("P", "LA", "1") else data_format
-    if mode in ("PA", "YCbCr"):
-        data_format = {"PA": "PNG", "YCbCr": "JPEG"}[mode]
-        image = image.convert("RGBA") if mode == "PA" else image
-    found = read_image(saved(image, format=data_format))
+    image = Image.fromarray(grey) if mode == "F" else Image.fromarray(grey).convert("RGB")
+    found = read_image(saved(image.convert(mode), format=file_format))
     assert found.shape == (8, 8, 3)
-    if mode != "1":
-        assert difference(found, grey[..., None]) < 8
+    assert difference(found, grey[..., None]) < 3
+
+
+def test_sixteen_bits_and_one_bit():
+    grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    deep = read_image(saved(Image.fromarray(grey.astype(np.uint16) * 257), format="PNG"))
+    np.testing.assert_array_equal(deep, np.repeat(grey[..., None], 3, axis=-1))
+    black_and_white = Image.fromarray(grey > 127)
+    found = read_image(saved(black_and_white, format="PNG"))
+    np.testing.assert_array_equal(found[..., 0] > 127, grey > 127)
 
 
 def test_transparent_palette_and_first_picture_of_an_animation():

@@ -1,7 +1,9 @@
 """ProductIndex against numpy's argsort, on disk, and against what users get wrong."""
 
 import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import faiss
@@ -38,6 +40,25 @@ def table_of(ids: list[str]) -> pa.Table:
 @pytest.fixture(scope="module")
 def catalogue() -> tuple[list[str], np.ndarray]:
     return names(3000), unit_vectors(3000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """FAISS threads spin while they wait: more of them than free cores make it ten times slower."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    yield
+    faiss.omp_set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def indexes(catalogue) -> Callable[[str], ProductIndex]:
+    """Indexes of the catalogue by factory, each built once."""
+    ids, vectors = catalogue
+    attributes = table_of(ids)
+    return cache(
+        lambda factory: ProductIndex.build(ids, vectors, factory=factory, attributes=attributes)
+    )
 
 
 @pytest.fixture
@@ -81,11 +102,11 @@ def test_no_queries_give_no_matches():
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_every_kind_finds_most_of_the_exact_matches(factory, catalogue):
+def test_every_kind_finds_most_of_the_exact_matches(factory, catalogue, indexes):
     ids, vectors = catalogue
     # Queries near products, as those of a trained encoder are; random ones have no neighbours.
     queries = vectors[:200] + 0.5 * unit_vectors(200, seed=1)
-    index = ProductIndex.build(ids, vectors, factory=factory)
+    index = indexes(factory)
     assert (len(index), index.width, index.factory) == (3000, WIDTH, factory)
     least = {"Flat": 1.0, "HNSW32": 0.9, "IVF64,Flat": 0.4, "IVF64,PQ16": 0.35}[factory]
     recall = measure_recall(index, queries, 10, vectors=vectors)
@@ -111,9 +132,8 @@ def test_matches_that_an_approximate_index_lacks_are_not_made_up():
         assert np.isneginf(result.scores[row, len(found) :]).all()
 
 
-def test_threads_get_the_answers_of_one(catalogue):
-    ids, vectors = catalogue
-    index = ProductIndex.build(ids, vectors, factory="IVF64,Flat")
+def test_threads_get_the_answers_of_one(indexes):
+    index = indexes("IVF64,Flat")
     batches = [unit_vectors(8, seed=seed) for seed in range(16)]
     expected = [index.search(batch, 5).ids for batch in batches]
     with ThreadPoolExecutor(4) as pool:
@@ -144,18 +164,18 @@ def test_k_below_one_is_refused():
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF64,Flat"])
-def test_vectors_come_back_as_they_were(factory, catalogue):
+def test_vectors_come_back_as_they_were(factory, catalogue, indexes):
     ids, vectors = catalogue
-    index = ProductIndex.build(ids, vectors, factory=factory)
+    index = indexes(factory)
     rows = [7, 2999, 0, 7]
     assert index.keeps_vectors
     for _ in range(2):
         np.testing.assert_array_equal(index.vectors([ids[row] for row in rows]), vectors[rows])
 
 
-def test_compressed_vectors_come_back_approximately(catalogue):
+def test_compressed_vectors_come_back_approximately(catalogue, indexes):
     ids, vectors = catalogue
-    index = ProductIndex.build(ids, vectors, factory="IVF64,PQ16")
+    index = indexes("IVF64,PQ16")
     assert not index.keeps_vectors
     back = index.vectors(ids[:100])
     cosines = np.einsum("nd,nd->n", back, vectors[:100]) / np.linalg.norm(back, axis=1)
@@ -245,8 +265,9 @@ def test_an_empty_catalogue_is_refused():
         ("", "'' is not a FAISS factory"),
         ("PQ15", "width 32 .*multiple of the number of subquantizers"),
         ("LSH", "'LSH' is not a FAISS factory for inner products"),
-        ("IVF64,Flat", r"cannot be trained on 10 vectors .*training points \(10\)"),
-        ("IVF4,PQ16", r"cannot be trained on 10 vectors"),
+        ("IVF64,Flat", r"cannot be built from 10 vectors .*training points \(10\)"),
+        ("IVF4,PQ16", "cannot be built from 10 vectors"),
+        ("IDMap,Flat", "cannot be built from 10 vectors"),
     ],
 )
 def test_bad_factories_are_refused(factory, message):
@@ -265,10 +286,10 @@ def test_recall_needs_queries():
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_a_loaded_index_answers_as_the_one_saved(factory, catalogue, tmp_path):
-    ids, vectors = catalogue
+def test_a_loaded_index_answers_as_the_one_saved(factory, catalogue, indexes, tmp_path):
+    ids, _ = catalogue
     queries = unit_vectors(20, seed=1)
-    built = ProductIndex.build(ids, vectors, factory=factory, attributes=table_of(ids))
+    built = indexes(factory)
     built.save(tmp_path / "index")
     loaded = ProductIndex.load(tmp_path / "index", device="cpu", verify=True)
     assert (len(loaded), loaded.width, loaded.factory) == (3000, WIDTH, factory)
@@ -420,10 +441,10 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(saved):
 
 @pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="needs a GPU")
 @pytest.mark.parametrize("factory", ["Flat", "IVF64,Flat"])
-def test_a_gpu_copy_answers_as_the_cpu(factory, catalogue, tmp_path):
+def test_a_gpu_copy_answers_as_the_cpu(factory, catalogue, indexes, tmp_path):
     ids, vectors = catalogue
     queries = unit_vectors(64, seed=1)
-    ProductIndex.build(ids, vectors, factory=factory).save(tmp_path / "index")
+    indexes(factory).save(tmp_path / "index")
     cpu = ProductIndex.load(tmp_path / "index", device="cpu")
     gpu = ProductIndex.load(tmp_path / "index", device="cuda")
     assert gpu.device == "cuda"

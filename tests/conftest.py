@@ -1,0 +1,78 @@
+"""Shapes and types are checked in every test, and what many tests need is made once."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("mmrec", "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def load_program(path: str) -> ModuleType:
+    """Import a stage program by its path from the root: stage folders are no packages."""
+    name = "program_" + Path(path).stem
+    if name not in sys.modules:
+        spec = util.spec_from_file_location(name, ROOT / path)
+        assert spec
+        assert spec.loader
+        module = util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command from the root of the repository, its output as text."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve generated products and forty mp4 clips."""
+    out = tmp_path_factory.mktemp("tiny") / "tables"
+    program = ROOT / "data_prep/synthetic.py"
+    sizes = "--num-products 12 --num-contents 40 --clip-frames 6 --clip-size 64 --num-workers 1"
+    done = run(sys.executable, program, "--out", out, *sizes.split())
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_tables: Path) -> Path:
+    """The same as shards, in several small tars."""
+    out = tiny_tables.parent / "shards"
+    program = ROOT / "data_prep/make_shards.py"
+    sizes = "--size 64 --num-frames 4 --samples-per-shard 8 --num-workers 1"
+    done = run(sys.executable, program, "--tables", tiny_tables, "--out", out, *sizes.split())
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """Real data that lies beside a checkout in some places; a test without it is skipped."""
+
+    def find(name: str) -> Path:
+        folder = SHARED_DATA / name
+        if not folder.is_dir():
+            pytest.skip(f"the real data set {name} is not beside this checkout")
+        return folder
+
+    return find

@@ -1,0 +1,133 @@
+"""Rows of shards become batches of tensors; every draw comes from (seed, epoch, sample)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmrec.data.batches import (
+    AugmentConfig,
+    PairDataset,
+    Preprocess,
+    View,
+    collate_items,
+    item_loader,
+    number_products,
+    pair_loader,
+    spread,
+    spread_randomly,
+)
+from mmrec.data.media import decode_jpeg
+from mmrec.data.sampler import GlobalBatches, RankBatches, Row, SamplerConfig
+from mmrec.data.shards import ShardReader, frame_name, open_shards
+
+
+def letters(texts: list[str]) -> torch.Tensor:
+    """A stand-in for a tokenizer: character codes, 6 a text."""
+    return torch.tensor([[ord(c) for c in text.ljust(6)[:6]] for text in texts])
+
+
+@pytest.fixture
+def train(tiny_shards: Path) -> ShardReader:
+    return open_shards(tiny_shards, "contents", "train")
+
+
+def dataset(train: ShardReader, **changes: float) -> PairDataset:
+    return PairDataset(
+        train,
+        number_products(train.product_ids),
+        preprocess=Preprocess(size=32),
+        augment=AugmentConfig(**changes),  # pyright: ignore[reportArgumentType]
+        num_frames=2,
+        num_images=1,
+        seed=0,
+    )
+
+
+def test_collating_pads_and_masks_what_is_missing() -> None:
+    picture = torch.full((3, 4, 4), 9, dtype=torch.uint8)
+    batch = collate_items(
+        [[picture], [], [picture, picture]], ["a", None, "  "], tokenizer=letters, size=4
+    )
+    assert batch.images.shape == (3, 2, 3, 4, 4)
+    assert batch.image_mask.tolist() == [[True, False], [False, False], [True, True]]
+    assert batch.text_mask.tolist() == [True, False, False]
+    assert batch.images[~batch.image_mask].max() == 0
+
+
+def test_frames_are_spread_over_the_clip() -> None:
+    assert spread(8, 4) == [1, 3, 5, 7]
+    assert spread(3, 8) == [0, 1, 2]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        drawn = spread_randomly(8, 4, rng)
+        assert [t // 2 for t in drawn] == [0, 1, 2, 3]
+
+
+def test_a_row_is_a_pure_function_of_seed_epoch_and_sample(train: ShardReader) -> None:
+    rows = dataset(train)
+    one, again, later = rows[Row(0, 3, 0)], rows[Row(0, 3, 0)], rows[Row(1, 3, 0)]
+    assert all(torch.equal(a, b) for a, b in zip(one.content, again.content, strict=True))
+    assert not torch.equal(one.product[0], later.product[0])
+
+
+def test_workers_do_not_change_batches(train: ShardReader) -> None:
+    batches = GlobalBatches(
+        SamplerConfig(batch_size=6),
+        shard_sizes=train.shard_sizes,
+        products=[[0] * len(ids) for ids in train.product_ids],
+        weights=train.weights,
+    )
+    streams = []
+    for num_workers in (0, 2):
+        loader = pair_loader(
+            dataset(train),
+            RankBatches(batches, rank=0, world_size=1, num_epochs=2),
+            tokenizer=letters,
+            size=32,
+            num_workers=num_workers,
+            pin_memory=False,
+        )
+        streams.append(list(loader))
+    for one, two in zip(*streams, strict=True):
+        assert torch.equal(one.samples, two.samples)
+        assert torch.equal(one.content.images, two.content.images)
+        assert torch.equal(one.links, two.links)
+
+
+def test_links_of_a_row_are_all_its_products(train: ShardReader) -> None:
+    numbers = number_products(train.product_ids)
+    several = next(row for row in range(len(train)) if len(train.product_ids[row]) > 1)
+    pair = dataset(train)[Row(0, several, 1)]
+    assert pair.links == [numbers[p] for p in train.product_ids[several]]
+    assert pair.number == pair.links[1]
+    assert pair.weights == train.weights[several]
+
+
+def test_modality_dropout_never_takes_both(train: ShardReader) -> None:
+    rows = dataset(train, modality_dropout=1.0)
+    pairs = [rows[Row(epoch, 0, 0)] for epoch in range(12)]
+    states = {(bool(pair.product), pair.product_title is not None) for pair in pairs}
+    assert states == {(True, False), (False, True)}
+
+
+def test_preprocessing_without_augmentation_is_resize_and_centre_crop(train: ShardReader) -> None:
+    preprocess = Preprocess(size=32)
+    (batch,) = item_loader(
+        train, [2], preprocess=preprocess, tokenizer=letters, num_frames=4, batch_size=1, num_workers=0
+    )
+    expected = preprocess(decode_jpeg(train.read(2)[frame_name(1)]))
+    assert torch.equal(batch.images[0, 1], expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (3, 500), (1, 1)])
+def test_crops_stay_inside_the_picture(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        view = View.draw(AugmentConfig(min_scale=0.1, max_aspect=2.0), rng)
+        top, left, height, width = view.box(*shape)
+        assert 0 <= top <= top + height <= shape[0]
+        assert 0 <= left <= left + width <= shape[1]
+        assert height >= 1
+        assert width >= 1

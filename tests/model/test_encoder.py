@@ -1,0 +1,230 @@
+"""Encoders from open_clip's architectures and our own: what goes in, what comes out, what is saved."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mmrec.data.batches import ItemBatch, Preprocess, collate_items
+from mmrec.errors import UserError
+from mmrec.model.encoder import Encoder, EncoderConfig
+from mmrec.model.fusion import GatedSum, masked_mean
+from mmrec.model.towers import build_towers
+
+VIT = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def vit_config(tmp_path: Path) -> Path:
+    """A one-layer ViT in open_clip's own format."""
+    path = tmp_path / "tiny-vit.json"
+    path.write_text(json.dumps(VIT))
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(towers="mmrec-tiny", image_size=32)).eval()
+    with torch.no_grad():  # Gates start at zero; give them something to say.
+        for gate in encoder.gates.values():
+            torch.nn.init.normal_(gate.weight, std=0.5)
+    return encoder
+
+
+def items(encoder: Encoder, pictures: list[int], titles: list[str | None]) -> ItemBatch:
+    generator = torch.Generator().manual_seed(1)
+    size = encoder.preprocess.size
+    shape = (3, size, size)
+    images = [
+        [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(count)]
+        for count in pictures
+    ]
+    return collate_items(images, titles, tokenizer=encoder.tokenizer, size=size)
+
+
+def test_embeddings_are_unit_vectors_whatever_is_missing(encoder: Encoder) -> None:
+    batch = items(encoder, [3, 0, 1], ["a red mug", "only words", None])
+    for side in ("content", "product"):
+        vectors = encoder.embed(batch, side)
+        assert vectors.shape == (3, 128)
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_padding_changes_nothing(encoder: Encoder) -> None:
+    short = items(encoder, [2, 1], ["a", None])
+    padded = replace(
+        short,
+        images=torch.cat([short.images, torch.full_like(short.images, 77)], 1),
+        image_mask=torch.cat([short.image_mask, torch.zeros_like(short.image_mask)], 1),
+    )
+    assert torch.allclose(encoder.embed_content(short), encoder.embed_content(padded), atol=1e-6)
+
+
+def test_an_item_with_nothing_is_zero(encoder: Encoder) -> None:
+    vectors = encoder.embed_content(items(encoder, [0, 1], [None, "x"]))
+    assert vectors[0].norm() == 0
+    assert vectors[1].norm() == pytest.approx(1, abs=1e-5)
+
+
+def test_views_are_the_parts_of_the_whole(encoder: Encoder) -> None:
+    batch = items(encoder, [2, 2, 0], ["a", None, "b"])
+    views = encoder.views(batch, "content")
+    assert views["video"][1].tolist() == [True, True, False]
+    assert views["content_title"][1].tolist() == [True, False, True]
+    fused = views["content"][0]
+    assert torch.allclose(fused[1], views["video"][0][1], atol=1e-6)
+    assert torch.allclose(fused[2], views["content_title"][0][2], atol=1e-6)
+    assert not torch.allclose(fused[0], views["video"][0][0], atol=1e-3)
+
+
+def test_gates_are_a_softmax_over_what_is_present() -> None:
+    gate = GatedSum(4)
+    torch.nn.init.normal_(gate.weight)
+    vectors = torch.nn.functional.normalize(torch.randn(3, 2, 4), dim=-1)
+    present = torch.tensor([[True, True], [True, False], [False, False]])
+    fused = gate(vectors, present)
+    scores = (vectors[0] * gate.weight).sum(1) + gate.bias
+    expected = torch.nn.functional.normalize(scores.softmax(0) @ vectors[0], dim=0)
+    assert torch.allclose(fused[0], expected, atol=1e-6)
+    assert torch.allclose(fused[1], vectors[1, 0], atol=1e-6)
+    assert fused[2].abs().sum() == 0
+
+
+def test_masked_mean_ignores_absent_frames() -> None:
+    frames = torch.arange(12.0).view(2, 3, 2)
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    assert masked_mean(frames, mask).tolist() == [[2.0, 3.0], [0.0, 0.0]]
+
+
+def test_save_and_load_give_the_same_encoder(encoder: Encoder, tmp_path: Path) -> None:
+    fingerprint = encoder.save(tmp_path / "encoder")
+    assert {p.name for p in (tmp_path / "encoder").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "manifest.json",
+    }
+    again = Encoder.load(tmp_path / "encoder")
+    batch = items(encoder, [2, 1], ["a", None])
+    assert again.fingerprint == fingerprint
+    assert torch.equal(encoder.embed_content(batch), again.embed_content(batch))
+    with pytest.raises(UserError, match="already exists"):
+        encoder.save(tmp_path / "encoder")
+
+
+def test_a_broken_encoder_is_named(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save(tmp_path / "encoder")
+    weights = tmp_path / "encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        Encoder.load(tmp_path / "encoder")
+    with pytest.raises(UserError, match="no such folder"):
+        Encoder.load(tmp_path / "nothing")
+
+
+def test_separate_towers_start_equal_and_are_their_own() -> None:
+    encoder = Encoder(EncoderConfig(towers="mmrec-tiny", image_size=32, separate_towers=True)).eval()
+    batch = items(encoder, [1], [None])
+    assert torch.equal(encoder.embed_content(batch), encoder.embed_product(batch))
+    with torch.no_grad():
+        for weight in encoder.product_image_tower.parameters():  # pyright: ignore[reportOptionalMemberAccess]
+            weight.mul_(1.5).add_(0.01)
+    assert not torch.equal(encoder.embed_content(batch), encoder.embed_product(batch))
+
+
+def test_scale_is_capped() -> None:
+    encoder = Encoder(EncoderConfig(towers="mmrec-tiny", start_scale=500.0))
+    encoder.cap_scale()
+    assert float(encoder.scale) == pytest.approx(100, rel=1e-5)
+
+
+# --- open_clip's own towers --------------------------------------------------------------------------
+
+
+def save_open_clip_weights(config: Path, path: Path) -> torch.nn.Module:
+    open_clip.add_model_config(config)
+    torch.manual_seed(5)
+    model = open_clip.create_model(config.stem).eval()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return model
+
+
+def test_pretrained_from_a_file_gives_open_clips_own_embeddings(vit_config: Path, tmp_path: Path) -> None:
+    theirs = save_open_clip_weights(vit_config, tmp_path / "weights.safetensors")
+    ours = Encoder(
+        EncoderConfig(towers=str(vit_config), pretrained=str(tmp_path / "weights.safetensors"))
+    ).eval()
+    batch = items(ours, [1, 1], ["red mug", "blue hat"])
+    pixels = ours.normalise_pixels(batch.images[:, 0])
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(theirs.encode_image(pixels), dim=-1)  # pyright: ignore
+        text = torch.nn.functional.normalize(theirs.encode_text(batch.tokens), dim=-1)  # pyright: ignore
+    views = ours.views(batch, "product")
+    assert torch.allclose(views["image"][0], image, atol=1e-6)
+    assert torch.allclose(views["product_title"][0], text, atol=1e-6)
+
+
+def test_pictures_reach_the_tower_as_open_clip_prepares_them(vit_config: Path) -> None:
+    open_clip.add_model_config(vit_config)
+    _, _, transform = open_clip.create_model_and_transforms(vit_config.stem)
+    encoder = Encoder(EncoderConfig(towers=str(vit_config)))
+    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    theirs = transform(Image.fromarray(picture))  # pyright: ignore[reportCallIssue]
+    ours = encoder.preprocess(torch.from_numpy(picture).permute(2, 0, 1))
+    difference = (encoder.normalise_pixels(ours[None])[0] - theirs).abs()
+    # torchvision and Pillow round differently: at most two levels of 255 apart, a quarter on average.
+    assert difference.max() < 2.5 / 255 / 0.26
+    assert difference.mean() < 0.3 / 255 / 0.26
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "RN50"])
+def test_any_open_clip_architecture_builds(name: str) -> None:
+    towers = build_towers(name)
+    assert towers.width == towers.model_config["embed_dim"]
+    assert towers.preprocess.size == 224
+
+
+def test_siglip_squashes_and_clip_crops() -> None:
+    picture = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    picture[:, :, 40:] = 255
+    squashed = Preprocess(size=20, resize="squash")(picture)
+    cropped = Preprocess(size=20)(picture)
+    assert squashed.shape == cropped.shape == (3, 20, 20)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EncoderConfig(towers="ViT-B-23"), "towers 'ViT-B-23' are not known.*close: .*ViT-B-32"),
+        (EncoderConfig(towers="nowhere.json"), "nowhere.json: cannot be read as a model config"),
+        (EncoderConfig(towers="mmrec-tiny", pretrained="laion"), "neither a file nor a tag"),
+    ],
+)
+def test_unknown_names_are_refused(config: EncoderConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Encoder(config)
+
+
+def test_weights_that_do_not_fit_are_refused(vit_config: Path, tmp_path: Path) -> None:
+    save_open_clip_weights(vit_config, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="does not fit mmrec-tiny"):
+        Encoder(EncoderConfig(towers="mmrec-tiny", pretrained=str(tmp_path / "weights.safetensors")))
+
+
+def test_a_saved_encoder_needs_no_model_config_file(vit_config: Path, tmp_path: Path) -> None:
+    encoder = Encoder(EncoderConfig(towers=str(vit_config))).eval()
+    encoder.save(tmp_path / "encoder")
+    vit_config.unlink()
+    again = Encoder.load(tmp_path / "encoder")
+    batch = items(encoder, [1], ["x"])
+    assert torch.equal(encoder.embed_content(batch), again.embed_content(batch))
