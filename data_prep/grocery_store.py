@@ -39,6 +39,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from mmrec.cli import run_program
 from mmrec.data.media import read_image
 from mmrec.data.tables import SPLITS, Tables, write_tables
 from mmrec.errors import MediaError, UserError
@@ -370,4 +371,4 @@ def write_video(path: Path, frames: Sequence[UInt8[np.ndarray, "S S 3"]], *, fps
 
 
 if __name__ == "__main__":
-    main(tyro.cli(GroceryStoreConfig))
+    run_program(lambda: main(tyro.cli(GroceryStoreConfig)))

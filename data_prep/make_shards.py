@@ -182,7 +182,8 @@ def main(config: MakeShardsConfig) -> Path:
             _check_dropped(config, "content", drops, num_linked)
             if not num_shards:
                 raise UserError(
-                    f"split '{split}' is empty: its {len(chosen)} contents were dropped"
+                    f"split '{split}' is empty: all of its "
+                    f"{list(splits.values()).count(split)} contents were dropped"
                 )
 
         # Publish: what was left out, and the manifest.

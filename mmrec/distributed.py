@@ -21,7 +21,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gather_with_gradient(local: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
+def gather_with_gradient(local: Shaped[Tensor, " b *rest"]) -> Shaped[Tensor, " B *rest"]:
     """Concatenate every rank's rows, in rank order, so that gradients flow back to their owners.
 
     Each rank must bring the same number of rows.
@@ -31,7 +31,7 @@ def gather_with_gradient(local: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B 
     return _Gather.apply(local)  # pyright: ignore[reportReturnType]
 
 
-def gather(local: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
+def gather(local: Shaped[Tensor, " b *rest"]) -> Shaped[Tensor, " B *rest"]:
     """Concatenate every rank's rows, in rank order, without gradients."""
     if world_size() == 1:
         return local

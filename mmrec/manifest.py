@@ -93,7 +93,9 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
 def parent_of(child: Path, folder: Path, kind: str | None = None) -> Parent:
     """The record that a folder at `child` keeps of the finished folder that it is made from."""
     manifest = read_manifest(folder, kind)
-    return Parent(kind=manifest.kind, fingerprint=manifest.fingerprint, path=relative_path(child, folder))
+    return Parent(
+        kind=manifest.kind, fingerprint=manifest.fingerprint, path=relative_path(child, folder)
+    )
 
 
 def relative_path(child: Path, folder: Path) -> str:

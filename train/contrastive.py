@@ -28,7 +28,14 @@ from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_pro
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
 from mmrec.data.shards import open_shards
 from mmrec.errors import UserError
-from mmrec.manifest import Manifest, fingerprint_of, hash_file, parent_of, read_manifest, write_manifest
+from mmrec.manifest import (
+    Manifest,
+    fingerprint_of,
+    hash_file,
+    parent_of,
+    read_manifest,
+    write_manifest,
+)
 from mmrec.model.encoder import Encoder, EncoderConfig
 from mmrec.model.losses import Objectives, contrastive_loss
 from mmrec.retrieval.evaluation import Gallery, measure
@@ -37,7 +44,7 @@ from mmrec.training.progress import Stopwatch
 from mmrec.training.run import RunFolder, differing_fields, read_config
 from mmrec.training.schedules import warmup_cosine
 
-# --- config ------------------------------------------------------------------------------------------
+# --- config ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +116,10 @@ RECIPES: dict[str, TrainConfig] = {
         sampler=SamplerConfig(batch_size=64),
         augment=AugmentConfig(min_scale=0.6, flip=0.0, color=0.2),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        epochs=14,
+        epochs=18,
         num_frames=2,
-        eval_every=0,
+        num_workers=1,
+        eval_every=51,
     ),
     # GroceryStore photos or clips from random weights on four cores.
     "grocery": TrainConfig(
@@ -153,7 +161,9 @@ def parse(arguments: list[str]) -> TrainConfig:
     if default.shards == _NOWHERE:
         # Without a default of their own, tyro asks for these two.
         default = replace(default, shards=tyro.MISSING, out=tyro.MISSING)
-    return tyro.cli(TrainConfig, default=default, args=arguments[1:], prog=f"contrastive.py {first}")
+    return tyro.cli(
+        TrainConfig, default=default, args=arguments[1:], prog=f"contrastive.py {first}"
+    )
 
 
 def check(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -163,14 +173,24 @@ def check(config: TrainConfig, accelerator: Accelerator) -> Path | None:
             raise UserError(f"--{name} {value}: expected at least 1")
     checkpoints = list_checkpoints(config.out)
     if not config.resume and (config.out / "metrics.jsonl").exists():
-        raise UserError(f"{config.out}: holds a run already; --resume goes on with it, or give another --out")
+        raise UserError(
+            f"{config.out}: holds a run already; --resume goes on with it, or give another --out"
+        )
     if not config.resume or not checkpoints:
         return None
     earlier = read_config(config.out / "config.json", TrainConfig)
     # Where and how fast may change on resume; what is learned may not.
     free = {
         name: getattr(config, name)
-        for name in ("shards", "out", "resume", "num_workers", "trackers", "log_every", "keep_checkpoints")
+        for name in (
+            "shards",
+            "out",
+            "resume",
+            "num_workers",
+            "trackers",
+            "log_every",
+            "keep_checkpoints",
+        )
     }
     changed = differing_fields(replace(earlier, **free), config)
     if changed:
@@ -178,7 +198,7 @@ def check(config: TrainConfig, accelerator: Accelerator) -> Path | None:
     return checkpoints[-1]
 
 
-# --- model and optimizer -----------------------------------------------------------------------------
+# --- model and optimizer -----------------------------------------------------------------------
 
 
 def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -191,6 +211,8 @@ def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.Ad
         ],
         lr=config.learning_rate,
         betas=(0.9, config.beta2),
+        # One pass over each weight: a token embedding makes the plain form cost as much as the towers.
+        fused=True,
     )
 
 
@@ -207,25 +229,29 @@ def main(config: TrainConfig) -> None:
     checkpoint = check(config, accelerator)
     set_seed(config.seed)
 
-    # --- data ----------------------------------------------------------------------------------------
+    # --- data ----------------------------------------------------------------------------------
     train = open_shards(config.shards, "contents", "train")
     numbers = number_products(train.product_ids)
+    shards = read_manifest(config.shards, "shards")
+    # A content carries the images of its heaviest links alone; only those can stand for it.
+    inline = shards.config["max_products_per_content"]
     batches = GlobalBatches(
         config.sampler,
         shard_sizes=train.shard_sizes,
-        products=[[numbers[p] for p in ids] for ids in train.product_ids],
-        weights=train.weights,
+        products=[[numbers[p] for p in ids[:inline]] for ids in train.product_ids],
+        weights=[weights[:inline] for weights in train.weights],
     )
-    splits = read_manifest(config.shards, "shards").details["splits"]
-    has_val = splits.get("val", {}).get("contents", 0) > 0
+    has_val = shards.details["splits"].get("val", {}).get("contents", 0) > 0
     gallery = Gallery.open(config.shards, "val") if has_val else None
     total_batches = config.epochs * batches.steps_per_epoch
     total_steps = total_batches // config.accumulation
     if not total_steps:
-        raise UserError(f"{total_batches} batches do not make one step of --accumulation {config.accumulation}")
+        raise UserError(
+            f"{total_batches} batches do not make one step of --accumulation {config.accumulation}"
+        )
     eval_every = config.eval_every or max(1, batches.steps_per_epoch // config.accumulation)
 
-    # --- model ---------------------------------------------------------------------------------------
+    # --- model ---------------------------------------------------------------------------------
     encoder = Encoder(config.encoder)
     tokenizer = encoder.tokenizer
     optimizer = build_optimizer(encoder, config.optimizer)
@@ -264,7 +290,7 @@ def main(config: TrainConfig) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
 
-    # --- step ----------------------------------------------------------------------------------------
+    # --- step ----------------------------------------------------------------------------------
     def train_on(batch: PairBatch, step: int) -> dict[str, torch.Tensor]:
         """One batch forward and backward; an optimizer step when enough have been added up."""
         warmup = max(1, round(config.optimizer.warmup * total_steps))
@@ -311,7 +337,7 @@ def main(config: TrainConfig) -> None:
         accelerator.wait_for_everyone()
         return progress
 
-    # --- loop ----------------------------------------------------------------------------------------
+    # --- loop ----------------------------------------------------------------------------------
     bar = tqdm(
         total=total_steps, initial=progress.step, desc="train", unit="step", disable=run is None
     )
@@ -334,13 +360,19 @@ def main(config: TrainConfig) -> None:
         bar.update()
         if progress.step % config.log_every == 0 or progress.step == total_steps:
             row = {name: float(value.detach()) for name, value in losses.items()}
-            row |= {"lr": optimizer.param_groups[0]["lr"], "scale": float(encoder.scale), **watch.report()}
+            row |= {
+                "lr": optimizer.param_groups[0]["lr"],
+                "scale": float(encoder.scale),
+                **watch.report(),
+            }
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
                     f"the loss is {row['loss']} at step {progress.step}, samples {batch.samples.tolist()}"
                 )
             record({"step": progress.step, "epoch": micro / batches.steps_per_epoch, **row})
-            bar.set_postfix({"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_s']:.0f}"})
+            bar.set_postfix(
+                {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_s']:.0f}"}
+            )
         if progress.step % eval_every == 0 or progress.step == total_steps:
             progress = evaluate(progress)
             model.train()
@@ -349,7 +381,7 @@ def main(config: TrainConfig) -> None:
             save_checkpoint(accelerator, config.out, progress, keep=config.keep_checkpoints)
     bar.close()
 
-    # --- save ----------------------------------------------------------------------------------------
+    # --- save ----------------------------------------------------------------------------------
     if run:
         minutes = (time.perf_counter() - started) / 60
         finish(config, progress, total_batches * config.sampler.batch_size, minutes)
@@ -374,7 +406,8 @@ def finish(config: TrainConfig, progress: Progress, samples: int, minutes: float
             details={"best": {config.best_metric: progress.best}, "minutes": round(minutes, 2)},
         ),
     )
-    print(f"trained {progress.step} steps in {minutes:.1f} min; best val {config.best_metric} {progress.best:.3f}")
+    best = f"best val {config.best_metric} {progress.best:.3f}"
+    print(f"trained {progress.step} steps in {minutes:.1f} min; {best}")
     print(f"encoder: {config.out / 'encoder'}")
 
 

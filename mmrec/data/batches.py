@@ -5,7 +5,7 @@ letters: B samples, T frames or images, H W pixels, L tokens, M links of a conte
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -33,14 +33,16 @@ class ItemBatch:
     image_mask: Bool[Tensor, "B T"]
     tokens: Int[Tensor, "B L"]
     """The title's tokens; meaningless where the mask is false."""
-    text_mask: Bool[Tensor, "B"]
+    text_mask: Bool[Tensor, " B"]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> "ItemBatch":
         """The same batch on another device."""
-        return ItemBatch(**{name: part.to(device, non_blocking=True) for name, part in vars(self).items()})
+        return ItemBatch(
+            **{name: part.to(device, non_blocking=True) for name, part in vars(self).items()}
+        )
 
     def pin_memory(self) -> "ItemBatch":
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
@@ -53,13 +55,13 @@ class PairBatch:
 
     content: ItemBatch
     product: ItemBatch
-    product_number: Int[Tensor, "B"]
+    product_number: Int[Tensor, " B"]
     """The number of the row's product in the split's sorted list of product ids."""
     links: Int[Tensor, "B M"]
     """Numbers of every product that the content links to; -1 pads."""
     weights: Float[Tensor, "B M"]
     """The links' weights; 0 pads."""
-    samples: Int[Tensor, "B"]
+    samples: Int[Tensor, " B"]
     """Row numbers in the split: they name a batch in a log."""
 
     def __len__(self) -> int:
@@ -178,8 +180,12 @@ def collate_items(
             stacked[row, t] = picture
         mask[row, : len(pictures)] = True
     has_title = [bool(title and title.strip()) for title in titles]
-    tokens = tokenizer([title if has and title else "" for title, has in zip(titles, has_title, strict=True)])
-    return ItemBatch(images=stacked, image_mask=mask, tokens=tokens, text_mask=torch.tensor(has_title))
+    tokens = tokenizer(
+        [title if has and title else "" for title, has in zip(titles, has_title, strict=True)]
+    )
+    return ItemBatch(
+        images=stacked, image_mask=mask, tokens=tokens, text_mask=torch.tensor(has_title)
+    )
 
 
 def number_products(ids: Iterable[Sequence[str]]) -> dict[str, int]:
@@ -293,8 +299,12 @@ class _CollatePairs:
             weights[row, : len(pair.weights)] = torch.tensor(pair.weights)
         collate = {"tokenizer": self.tokenizer, "size": self.size}
         return PairBatch(
-            content=collate_items([p.content for p in pairs], [p.content_title for p in pairs], **collate),
-            product=collate_items([p.product for p in pairs], [p.product_title for p in pairs], **collate),
+            content=collate_items(
+                [p.content for p in pairs], [p.content_title for p in pairs], **collate
+            ),
+            product=collate_items(
+                [p.product for p in pairs], [p.product_title for p in pairs], **collate
+            ),
             product_number=torch.tensor([p.number for p in pairs]),
             links=links,
             weights=weights,
@@ -310,7 +320,7 @@ def pair_loader(
     size: int,
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader[PairBatch]:
+) -> Iterable[PairBatch]:
     """The DataLoader of training: one rank's batches, in the sampler's order, read ahead by workers."""
     return DataLoader(
         dataset,
@@ -334,7 +344,7 @@ def item_loader(
     batch_size: int,
     num_workers: int,
     pin_memory: bool = False,
-) -> DataLoader[ItemBatch]:
+) -> Iterable[ItemBatch]:
     """Batches of contents or products as at test time, in the order of `rows`, nothing augmented."""
     return DataLoader(
         _ItemDataset(reader, rows, preprocess, num_frames),
@@ -378,16 +388,6 @@ class _CollateItems:
     def __call__(self, items: list[tuple[list[Tensor], str | None]]) -> ItemBatch:
         pictures, titles = zip(*items, strict=True)
         return collate_items(pictures, titles, tokenizer=self.tokenizer, size=self.size)
-
-
-def without_titles(batch: ItemBatch) -> ItemBatch:
-    """The same items as if none had a title."""
-    return replace(batch, text_mask=torch.zeros_like(batch.text_mask))
-
-
-def without_images(batch: ItemBatch) -> ItemBatch:
-    """The same items as if none had a picture."""
-    return replace(batch, image_mask=torch.zeros_like(batch.image_mask))
 
 
 def _one_thread(worker: int) -> None:

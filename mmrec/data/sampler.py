@@ -75,7 +75,7 @@ class GlobalBatches:
             if room < batch_size:
                 raise self._too_tight(f"at most {room} rows fit")
 
-    def order(self, epoch: int) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+    def order(self, epoch: int) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """Every sample of the split in the order in which an epoch offers them, and the slots drawn."""
         rng = np.random.default_rng([self.config.seed, epoch])
         shards = rng.permutation(len(self._starts) - 1)
@@ -125,7 +125,9 @@ class GlobalBatches:
                     self._add(row, batch, used, chosen)
             batches.append(batch)
         shortest = min(len(batch) for batch in batches)
-        if shortest < self.config.batch_size:  # Only where links' draws leave fewer products than counted.
+        if (
+            shortest < self.config.batch_size
+        ):  # Only where links' draws leave fewer products than counted.
             raise self._too_tight(f"a batch of epoch {rows[0].epoch} holds {shortest}")
         return batches
 
@@ -163,7 +165,9 @@ class RankBatches:
     ) -> None:
         size = batches.config.batch_size
         if size % world_size:
-            raise UserError(f"a global batch of {size} rows cannot be cut into {world_size} equal parts")
+            raise UserError(
+                f"a global batch of {size} rows cannot be cut into {world_size} equal parts"
+            )
         self._batches = batches
         self._slice = slice(rank * size // world_size, (rank + 1) * size // world_size)
         self._start = (start_epoch, start_step)

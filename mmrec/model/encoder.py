@@ -33,8 +33,14 @@ from mmrec.model.fusion import GatedSum, masked_mean
 from mmrec.model.towers import build_tokenizer, build_towers
 
 Side = Literal["content", "product"]
-Views = dict[str, tuple[Float[Tensor, "B D"], Bool[Tensor, "B"]]]
+Views = dict[str, tuple[Float[Tensor, "B D"], Bool[Tensor, " B"]]]
 """Vectors by view and, beside each, which rows have that view."""
+
+VIEWS: dict[Side, tuple[str, str, str]] = {
+    "content": ("content", "video", "content_title"),
+    "product": ("product", "image", "product_title"),
+}
+"""Each side as a whole, its pictures alone, and its title alone."""
 
 MAX_SCALE = 100.0
 
@@ -63,7 +69,12 @@ class Encoder(nn.Module):
     `embed` is what an index wants; `forward` gives every view that the loss compares.
     """
 
-    def __init__(self, config: EncoderConfig, *, model_config: Mapping[str, Any] | None = None) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, config: EncoderConfig, *, model_config: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         towers = build_towers(
             config.towers,
@@ -81,7 +92,9 @@ class Encoder(nn.Module):
         self.product_text_tower = deepcopy(towers.text) if config.separate_towers else None
         self.gates = nn.ModuleDict({side: GatedSum(self.width) for side in ("content", "product")})
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.start_scale)))
-        self.register_buffer("mean", torch.tensor(towers.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(towers.mean).view(3, 1, 1) * 255, persistent=False
+        )
         self.register_buffer("std", torch.tensor(towers.std).view(3, 1, 1) * 255, persistent=False)
         self.fingerprint: str | None = None
         """Set by `save` and `load`; None for an encoder that is not on disk."""
@@ -124,17 +137,12 @@ class Encoder(nn.Module):
         has_images = items.image_mask.any(1)
         present = torch.stack([has_images, items.text_mask], dim=1)  # (B, 2)
         fused = self.gates[side](torch.stack([images, titles], dim=1), present)
-        names = {
-            "content": ("content", "video", "content_title"),
-            "product": ("product", "image", "product_title"),
-        }[side]
-        return dict(
-            zip(
-                names,
-                [(fused, present.any(1)), (images, has_images), (titles, items.text_mask)],
-                strict=True,
-            )
-        )
+        whole, pictures, title = VIEWS[side]
+        return {
+            whole: (fused, present.any(1)),
+            pictures: (images, has_images),
+            title: (titles, items.text_mask),
+        }
 
     @torch.inference_mode()
     def embed(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
@@ -155,7 +163,7 @@ class Encoder(nn.Module):
 
     def normalise_pixels(self, images: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         """Bytes to the floats that the image tower was trained on."""
-        pixels = images.to(self.mean.dtype, memory_format=torch.channels_last)
+        pixels = images.float().contiguous(memory_format=torch.channels_last)
         return (pixels - self.mean) / self.std
 
     def _embed_images(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
@@ -190,7 +198,9 @@ class Encoder(nn.Module):
             config = {"encoder": asdict(self.config), "towers": self.model_config}
             text = json.dumps(config, indent=2)
             (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
-            weights = {name: part.detach().cpu().contiguous() for name, part in self.state_dict().items()}
+            weights = {
+                name: part.detach().cpu().contiguous() for name, part in self.state_dict().items()
+            }
             save_file(weights, temporary / "model.safetensors")
             self.fingerprint = fingerprint_of(
                 {"config": text, "weights": hash_file(temporary / "model.safetensors")}
@@ -230,6 +240,8 @@ class Encoder(nn.Module):
         try:
             encoder.load_state_dict(weights)
         except RuntimeError as error:
-            raise UserError(f"{folder}: weights and config do not fit: {str(error)[:300]}") from None
+            raise UserError(
+                f"{folder}: weights and config do not fit: {str(error)[:300]}"
+            ) from None
         encoder.fingerprint = manifest.fingerprint
         return encoder.eval().to(device)

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 
-def masked_mean(
-    frames: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B D"]:
+def masked_mean(frames: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B D"]:
     """The mean over the frames that are there; zero where none is."""
     weights = mask.to(frames.dtype)[:, :, None]  # (B, T, 1)
     return (frames * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -5,7 +5,8 @@ Positives are decided by product id, not by the diagonal. With unit rows :math:`
 (0 without a link):
 
 .. math::
-    L = -\frac{1}{B} \sum_i \sum_j \frac{w_{ij}}{\sum_k w_{ik}} \log \frac{e^{s\, r_i \cdot c_j}}{\sum_k e^{s\, r_i \cdot c_k}}
+    L = -\frac{1}{B} \sum_i \sum_j \frac{w_{ij}}{\sum_k w_{ik}} \log p_{ij}, \qquad
+    p_{ij} = \frac{e^{s\, r_i \cdot c_j}}{\sum_k e^{s\, r_i \cdot c_k}}
 
 taken in both directions over the global batch and averaged: InfoNCE (van den Oord et al. 2018, as in
 CLIP) with the positives' mass shared as in SupCon's outer form (Khosla et al. 2020). With one positive
@@ -51,7 +52,7 @@ _CONTENT_VIEWS = ("content", "video", "content_title")
 
 
 def link_mass(
-    links: Int[Tensor, "B M"], weights: Float[Tensor, "B M"], columns: Int[Tensor, "C"]
+    links: Int[Tensor, "B M"], weights: Float[Tensor, "B M"], columns: Int[Tensor, " C"]
 ) -> Float[Tensor, "B C"]:
     """The weight with which each row links to each column's product; 0 where it does not."""
     mass = weights.new_zeros(len(links), len(columns))
@@ -81,11 +82,11 @@ def edge_loss(
     rows: Float[Tensor, "B D"],
     columns: Float[Tensor, "B D"],
     *,
-    row_mask: Bool[Tensor, "B"],
-    column_mask: Bool[Tensor, "B"],
+    row_mask: Bool[Tensor, " B"],
+    column_mask: Bool[Tensor, " B"],
     links: Int[Tensor, "B M"],
     weights: Float[Tensor, "B M"],
-    products: Int[Tensor, "B"],
+    products: Int[Tensor, " B"],
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Both directions of one edge over the global batch.
@@ -109,7 +110,9 @@ def edge_loss(
         (columns, all_rows, backward, column_mask, all_row_mask),
     ):
         loss, count = info_nce(here[mask].float(), there[keep].float(), mass[mask][:, keep], scale)
-        share = share + loss * distributed.world_size() / distributed.sum_over_ranks(count).clamp(min=1)
+        share = share + loss * distributed.world_size() / distributed.sum_over_ranks(count).clamp(
+            min=1
+        )
     return share / 2
 
 

@@ -71,7 +71,7 @@ def build_towers(
     try:
         # Text and image parts in modules of their own, whatever layout the architecture is written in.
         with _quiet_about_random_weights():
-            model = open_clip.create_model(
+            model: Any = open_clip.create_model(
                 name,
                 pretrained=pretrained or None,
                 force_custom_text=True,
@@ -157,11 +157,15 @@ def _read_model_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a model config: {error}") from None
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
-        raise UserError(f"{path}: a model config in open_clip's format has {missing[0]}; found none")
+        raise UserError(
+            f"{path}: a model config in open_clip's format has {missing[0]}; found none"
+        )
     return config
 
 
-def _small_resnet(variant: str, layers: tuple[int, ...], widths: tuple[int, ...], **kwargs: Any) -> nn.Module:
+def _small_resnet(
+    variant: str, layers: tuple[int, ...], widths: tuple[int, ...], **kwargs: Any
+) -> nn.Module:
     """A residual network that starts with two strided convolutions.
 
     ResNet's own stem works at half resolution and pools, and costs as much as all stages together at

@@ -17,11 +17,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from jaxtyping import Float, Float32
 from tqdm import tqdm
 
 from mmrec import distributed
-from mmrec.data.batches import item_loader, without_images, without_titles
+from mmrec.data.batches import item_loader
 from mmrec.data.shards import ShardReader, open_shards
 from mmrec.errors import UserError
 from mmrec.manifest import (
@@ -33,7 +34,7 @@ from mmrec.manifest import (
     read_manifest,
     write_manifest,
 )
-from mmrec.model.encoder import Encoder, Side
+from mmrec.model.encoder import VIEWS, Encoder, Side
 
 Split = Literal["train", "val", "test", "catalog"]
 
@@ -54,22 +55,34 @@ class Embeddings:
 def embed_rows(
     encoder: Encoder,
     reader: ShardReader,
-    rows: Sequence[int] | None = None,
     *,
     batch_size: int = 64,
     num_workers: int = 0,
-    keep: Literal["all", "images", "title"] = "all",
     progress: str | None = None,
 ) -> Float32[np.ndarray, "N D"]:
-    """Embed samples of one split, in the order of `rows` (all of them by default).
+    """Embed every sample of a split, pictures and title together; see `embed_views`."""
+    views = embed_views(
+        encoder, reader, batch_size=batch_size, num_workers=num_workers, progress=progress
+    )
+    return views["content" if reader.family == "contents" else "product"]
 
-    `keep` embeds items as if they had only their pictures or only their title; an item with nothing
-    left has a zero vector. Under several processes each embeds an equal stretch and all get the whole
-    result. `progress` names a progress bar. The encoder's mode is left as it was.
+
+def embed_views(
+    encoder: Encoder,
+    reader: ShardReader,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: str | None = None,
+) -> dict[str, Float32[np.ndarray, "N D"]]:
+    """Embed every sample of a split as a whole, by its pictures alone, and by its title alone.
+
+    Keys as in `Encoder.views`; where a sample has nothing of a view its row is zero. Under several
+    processes each embeds an equal stretch and all get the whole result. `progress` names a progress
+    bar. The encoder's mode is left as it was.
     """
-    rows = range(len(reader)) if rows is None else rows
     rank, world = distributed.rank(), distributed.world_size()
-    own = rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
+    own = range(len(reader) * rank // world, len(reader) * (rank + 1) // world)
     loader = item_loader(
         reader,
         own,
@@ -81,17 +94,23 @@ def embed_rows(
         pin_memory=encoder.device.type == "cuda",
     )
     side: Side = "content" if reader.family == "contents" else "product"
-    parts = [np.zeros((0, encoder.width), np.float32)]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in VIEWS[side]}
     was_training = encoder.training
     encoder.eval()
-    with tqdm(total=len(own), desc=progress, unit=side, disable=progress is None or rank > 0) as bar:
+    with tqdm(
+        total=len(own), desc=progress, unit=side, disable=progress is None or rank > 0
+    ) as bar:
         for batch in loader:
-            if keep != "all":
-                batch = without_titles(batch) if keep == "images" else without_images(batch)
-            parts.append(encoder.embed(batch, side).cpu().numpy())
+            with torch.inference_mode():
+                views = encoder.views(batch.to(encoder.device), side)
+            for name, (vectors, _) in views.items():
+                parts[name].append(vectors.float().cpu().numpy())
             bar.update(len(batch))
     encoder.train(was_training)
-    return np.concatenate(distributed.gather_objects(np.concatenate(parts)))
+    empty = np.zeros((0, encoder.width), np.float32)
+    local = {name: np.concatenate([empty, *arrays]) for name, arrays in parts.items()}
+    gathered = distributed.gather_objects(local)
+    return {name: np.concatenate([rank_part[name] for rank_part in gathered]) for name in local}
 
 
 def embed_shards(
@@ -117,7 +136,11 @@ def embed_shards(
         (folder / "emb").mkdir()
         (folder / "metadata").mkdir()
         vectors = embed_rows(
-            encoder, reader, batch_size=batch_size, num_workers=num_workers, progress=f"embed {split}"
+            encoder,
+            reader,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=f"embed {split}",
         )
         _check_lengths(vectors, reader)
         start = 0
@@ -125,7 +148,9 @@ def embed_shards(
             rows = range(start, start + size)
             part = vectors[start : start + size].astype(dtype)
             np.save(folder / "emb" / f"emb_{number:06d}.npy", part, allow_pickle=False)
-            pq.write_table(_metadata(reader, rows), folder / "metadata" / f"metadata_{number:06d}.parquet")
+            pq.write_table(
+                _metadata(reader, rows), folder / "metadata" / f"metadata_{number:06d}.parquet"
+            )
             start += size
         files = {p.name: hash_file(p) for p in (*folder.glob("emb/*"), *folder.glob("metadata/*"))}
         config = {"split": split, "dtype": dtype, "num_frames": encoder.config.num_frames}
@@ -140,7 +165,11 @@ def embed_shards(
                     parent_of(out, shards, "shards"),
                 ],
                 fingerprint=fingerprint_of(files),
-                details={"width": encoder.width, "family": reader.family, "parts": len(reader.shard_sizes)},
+                details={
+                    "width": encoder.width,
+                    "family": reader.family,
+                    "parts": len(reader.shard_sizes),
+                },
             ),
         )
     return read_embeddings(out)
@@ -155,7 +184,9 @@ def read_embeddings(folder: Path | str) -> Embeddings:
     manifest = read_manifest(folder, "embeddings")
     paths = sorted((folder / "emb").glob("*.npy"))
     if len(paths) != manifest.details["parts"]:
-        raise UserError(f"{folder}: expected {manifest.details['parts']} parts, found {len(paths)}; embed again")
+        raise UserError(
+            f"{folder}: expected {manifest.details['parts']} parts, found {len(paths)}; embed again"
+        )
     vectors, tables = [], []
     for path in paths:
         try:
@@ -191,8 +222,6 @@ def pick_device(device: str) -> str:
 
     Raises `UserError` when a GPU is asked for and there is none.
     """
-    import torch
-
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -29,7 +29,7 @@ from mmrec.retrieval.baselines import (
     popularity_scores,
     title_overlap_scores,
 )
-from mmrec.retrieval.embed import Split, embed_rows, open_split, pick_device
+from mmrec.retrieval.embed import Split, embed_rows, embed_views, open_split, pick_device
 from mmrec.retrieval.metrics import (
     Summary,
     bootstrap_intervals,
@@ -71,7 +71,8 @@ def measure(
     encoder: Encoder, gallery: Gallery, *, batch_size: int = 64, num_workers: int = 0
 ) -> dict[str, float]:
     """Every metric over all queries, by exact search: what training prints while it runs."""
-    queries, products = _embed(encoder, gallery, batch_size, num_workers, progress=None)
+    queries = embed_rows(encoder, gallery.contents, batch_size=batch_size, num_workers=num_workers)
+    products = embed_rows(encoder, gallery.catalog, batch_size=batch_size, num_workers=num_workers)
     values = per_query(rank_relevant(queries, products, gallery.relevant))
     return {name: float(column.mean()) for name, column in values.items()}
 
@@ -97,13 +98,23 @@ def evaluate(
     gallery = Gallery.open(shards, split)
     train_links = count_train_links(shards, gallery.catalog)
     slices = query_slices(gallery, train_links)
-    queries, products = _embed(encoder, gallery, batch_size, num_workers, progress="evaluate")
+    systems = {"trained": encoder}
+    if untrained:
+        systems["untrained"] = Encoder(encoder.config).to(encoder.device)
+    queries, products = {}, {}
+    for name, system in systems.items():
+        sizes = {"batch_size": batch_size, "num_workers": num_workers}
+        queries[name] = embed_views(system, gallery.contents, progress=f"{name}: contents", **sizes)
+        products[name] = embed_rows(system, gallery.catalog, progress=f"{name}: products", **sizes)
     embedded = time.perf_counter()
-    values = per_query(rank_relevant(queries, products, gallery.relevant))
+
+    def ranked(system: str, view: str = "content") -> dict[str, np.ndarray]:
+        return per_query(rank_relevant(queries[system][view], products[system], gallery.relevant))
+
+    values = ranked("trained")
     summaries: dict[str, Summary] = {}
     if untrained:
-        start = Encoder(encoder.config).to(encoder.device)
-        summaries["untrained"] = _summary(start, gallery, slices, batch_size, num_workers)
+        summaries["untrained"] = summarise(ranked("untrained"), slices)
     if baselines:
         summaries |= _baselines(gallery, train_links, slices)
     metrics = evaluation(
@@ -114,17 +125,17 @@ def evaluate(
         baselines=summaries,
     )
     metrics["modalities"] = {
-        only: summarise(
-            per_query(rank_relevant(vectors, products, gallery.relevant)),
-            slices,
-        )
-        for only, vectors in _single_modalities(encoder, gallery, batch_size, num_workers).items()
+        "video alone": summarise(ranked("trained", "video"), slices),
+        "title alone": summarise(ranked("trained", "content_title"), slices),
     }
     metrics["timing"] = {
         "embed_s": round(embedded - started, 2),
         "total_s": round(time.perf_counter() - started, 2),
     }
-    return metrics, make_cards(gallery, queries, products, slices, num_cards)
+    cards = make_cards(
+        gallery, queries["trained"]["content"], products["trained"], slices, num_cards
+    )
+    return metrics, cards
 
 
 def evaluate_to_folder(
@@ -231,7 +242,8 @@ def query_slices(gallery: Gallery, train_links: np.ndarray) -> Slices:
         slices |= {"with title": titled, "no title": ~titled}
     first = np.array([rows[0] for rows in gallery.relevant])
     category = [
-        gallery.catalog.meta(row)["attributes"].get("category") for row in range(len(gallery.catalog))
+        gallery.catalog.meta(row)["attributes"].get("category")
+        for row in range(len(gallery.catalog))
     ]
     for name in sorted({str(c) for c in category if c is not None}):
         slices[f"category: {name}"] = np.array([str(category[row]) == name for row in first])
@@ -263,7 +275,9 @@ def make_cards(
                 title=meta["title"],
                 frames=list(frames.values()),
                 slice="cold" if "cold" in slices and slices["cold"][query] else "warm",
-                right_titles=[product["title"] or product["product_id"] for product in meta["products"]],
+                right_titles=[
+                    product["title"] or product["product_id"] for product in meta["products"]
+                ],
                 matches=[
                     _matched(gallery.catalog, int(row), float(scores[row]), int(row) in right)
                     for row in best
@@ -296,35 +310,6 @@ def _matched(catalog: ShardReader, row: int, score: float, right: bool) -> Match
     )
 
 
-def _embed(
-    encoder: Encoder, gallery: Gallery, batch_size: int, num_workers: int, *, progress: str | None
-) -> tuple[Float32[np.ndarray, "Q D"], Float32[np.ndarray, "N D"]]:
-    sizes = {"batch_size": batch_size, "num_workers": num_workers}
-    names = (f"{progress}: contents", f"{progress}: products") if progress else (None, None)
-    return (
-        embed_rows(encoder, gallery.contents, progress=names[0], **sizes),
-        embed_rows(encoder, gallery.catalog, progress=names[1], **sizes),
-    )
-
-
-def _summary(
-    encoder: Encoder, gallery: Gallery, slices: Slices, batch_size: int, num_workers: int
-) -> Summary:
-    queries, products = _embed(encoder, gallery, batch_size, num_workers, progress="untrained")
-    return summarise(per_query(rank_relevant(queries, products, gallery.relevant)), slices)
-
-
-def _single_modalities(
-    encoder: Encoder, gallery: Gallery, batch_size: int, num_workers: int
-) -> dict[str, Float32[np.ndarray, "Q D"]]:
-    """Contents embedded from their pictures alone, and from their titles alone."""
-    sizes = {"batch_size": batch_size, "num_workers": num_workers}
-    only: dict[str, Float32[np.ndarray, "Q D"]] = {}
-    for name in ("images", "title"):
-        only[name] = embed_rows(encoder, gallery.contents, keep=name, progress=f"{name} alone", **sizes)
-    return only
-
-
 def _baselines(gallery: Gallery, train_links: np.ndarray, slices: Slices) -> dict[str, Summary]:
     """Popularity, title overlap (BM25) and colour histogram."""
     contents, catalog = gallery.contents, gallery.catalog
@@ -346,6 +331,8 @@ def _histograms(reader: ShardReader) -> Float32[np.ndarray, "Q 512"]:
     rows = []
     for row in tqdm(range(len(reader)), desc="color histogram", unit=reader.family, leave=False):
         wanted: Sequence[str] = [n for n in reader.names(row) if n[0] in "fi"]
-        pictures = [decode_jpeg(data).permute(1, 2, 0).numpy() for data in reader.read(row, wanted).values()]
+        pictures = [
+            decode_jpeg(data).permute(1, 2, 0).numpy() for data in reader.read(row, wanted).values()
+        ]
         rows.append(color_histogram(pictures))
     return np.stack(rows)

@@ -21,13 +21,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 
 from mmrec.errors import UserError
 from mmrec.manifest import (
@@ -105,11 +105,11 @@ class ProductIndex:
     def build(
         cls,
         ids: Sequence[str],
-        vectors: Float32[np.ndarray, "N D"],
+        vectors: Float[np.ndarray, "N D"],
         *,
         factory: str = "Flat",
         attributes: pa.Table | None = None,
-    ) -> Self:
+    ) -> "ProductIndex":
         """Index unit-length vectors, in memory.
 
         `factory` is a FAISS factory string: "Flat" is exact; "HNSW32", "IVF64,Flat" and
@@ -125,7 +125,9 @@ class ProductIndex:
         return cls(_build_base(vectors, factory), products, factory=factory)
 
     @classmethod
-    def load(cls, folder: Path | str, *, device: Device = "auto", verify: bool = False) -> Self:
+    def load(
+        cls, folder: Path | str, *, device: Device = "auto", verify: bool = False
+    ) -> "ProductIndex":
         """Open a saved index.
 
         `device`: "cpu"; "cuda" for a copy on every GPU; "auto" for that where there is a GPU and
@@ -168,9 +170,10 @@ class ProductIndex:
         with new_folder(out, overwrite=overwrite) as folder:
             generation = folder / "generations" / FIRST_GENERATION
             generation.mkdir(parents=True)
-            record = self._write_generation(generation)
+            with self._lock:
+                record = self._write_generation(generation)
             (folder / "CURRENT").write_text(f"{FIRST_GENERATION}\n", encoding="utf-8")
-            self.manifest = Manifest(
+            manifest = Manifest(
                 kind="index",
                 config=dict(config or {}),
                 counts=dict(counts or {"out": len(self)}),
@@ -180,8 +183,9 @@ class ProductIndex:
                 parents=list(parents),
                 details={"factory": self.factory, "width": self.width, **(details or {})},
             )
-            write_manifest(folder, self.manifest)
-        return self.manifest
+            write_manifest(folder, manifest)
+        self.manifest = manifest
+        return manifest
 
     def __len__(self) -> int:
         """The number of products."""
@@ -192,7 +196,7 @@ class ProductIndex:
         """D, the width of its vectors."""
         return self._base.d
 
-    def search(self, queries: Float32[np.ndarray, "Q D"], k: int) -> SearchResult:
+    def search(self, queries: Float[np.ndarray, "Q D"], k: int) -> SearchResult:
         """The k products of highest inner product with each query; k is cut to N.
 
         Raises `UserError` for k < 1, and for queries of another width or that are not finite.
@@ -242,7 +246,7 @@ class ProductIndex:
 
     def _move(self, device: Device) -> None:
         """Derive the copy that searches run on; the CPU index stays the master."""
-        num_gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+        num_gpus = faiss.get_num_gpus()
         if device == "cpu" or (device == "auto" and not num_gpus):
             return
         if not num_gpus:
@@ -276,6 +280,10 @@ class ProductIndex:
         return queries
 
     def _write_generation(self, folder: Path) -> Generation:
+        core = _core(self._base)
+        if isinstance(core, faiss.IndexIVF):
+            # What `vectors` leaves behind; equal indexes are to have equal bytes.
+            core.set_direct_map_type(faiss.DirectMap.NoMap)  # pyright: ignore
         faiss.write_index(self._base, str(folder / _BASE))
         pq.write_table(self.products, folder / _PRODUCTS)
         files = {
@@ -290,10 +298,10 @@ class ProductIndex:
 
 def measure_recall(
     index: ProductIndex,
-    queries: Float32[np.ndarray, "Q D"],
+    queries: Float[np.ndarray, "Q D"],
     k: int,
     *,
-    vectors: Float32[np.ndarray, "N D"] | None = None,
+    vectors: Float[np.ndarray, "N D"] | None = None,
 ) -> float:
     """The share of each query's true k nearest products that `index` returns: a mean.
 

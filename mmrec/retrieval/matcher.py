@@ -1,8 +1,8 @@
 """Matcher: what a notebook holds. A video, pictures or words in; matched products out.
 
-    from mmrec import Matcher
-    matcher = Matcher.load("runs/demo/index")
-    matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
+from mmrec import Matcher
+matcher = Matcher.load("runs/demo/index")
+matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
 """
 
 import base64
@@ -277,14 +277,16 @@ def _find_encoder(index: Path) -> Path:
         return found
     record = read_manifest(index, "index").parent("encoder")
     if record is None:
-        raise UserError(f"{index}: does not say which encoder it was built with; give one by its path")
+        raise UserError(
+            f"{index}: does not say which encoder it was built with; give one by its path"
+        )
     place = (index / record.path).resolve()
     now = "is no longer there"
     if (place / "manifest.json").is_file():
         now = f"is now another one, {read_manifest(place).fingerprint}"
     raise UserError(
         f"{index}: was built with encoder {record.fingerprint}, and {place} {now}; give the right one "
-        f"with --encoder, or embed and build again: `mmrec embed --encoder {place} ...`, `mmrec index build ...`"
+        f"with --encoder, or make both anew: `mmrec embed --encoder {place} ...`, `mmrec index build ...`"
     )
 
 

@@ -59,4 +59,6 @@ def read_progress(checkpoint: Path) -> Progress:
     try:
         return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint}: not a checkpoint that this version reads ({error})") from None
+        raise UserError(
+            f"{checkpoint}: not a checkpoint that this version reads ({error})"
+        ) from None

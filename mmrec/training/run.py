@@ -1,10 +1,10 @@
 """The run folder: its full config, its metrics as they come, and what it was made from.
 
-    <run>/config.json      every setting; a run can be started from it
-    <run>/metrics.jsonl    one JSON object a line: training steps and evaluations
-    <run>/checkpoints/     where to go on from (checkpoints.py)
-    <run>/encoder/         the best encoder so far
-    <run>/manifest.json    written when the run is finished
+<run>/config.json      every setting; a run can be started from it
+<run>/metrics.jsonl    one JSON object a line: training steps and evaluations
+<run>/checkpoints/     where to go on from (checkpoints.py)
+<run>/encoder/         the best encoder so far
+<run>/manifest.json    written when the run is finished
 """
 
 import json
@@ -72,7 +72,9 @@ def read_config(path: Path, kind: type[Config]) -> Config:
 
 def _from_dict(kind: Any, raw: Any, path: Path) -> Any:
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected an object for {kind.__name__}, found {type(raw).__name__}")
+        raise UserError(
+            f"{path}: expected an object for {kind.__name__}, found {type(raw).__name__}"
+        )
     hints = typing.get_type_hints(kind)
     unknown = set(raw) - {field.name for field in fields(kind)}
     if unknown:

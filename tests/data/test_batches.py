@@ -115,7 +115,13 @@ def test_modality_dropout_never_takes_both(train: ShardReader) -> None:
 def test_preprocessing_without_augmentation_is_resize_and_centre_crop(train: ShardReader) -> None:
     preprocess = Preprocess(size=32)
     (batch,) = item_loader(
-        train, [2], preprocess=preprocess, tokenizer=letters, num_frames=4, batch_size=1, num_workers=0
+        train,
+        [2],
+        preprocess=preprocess,
+        tokenizer=letters,
+        num_frames=4,
+        batch_size=1,
+        num_workers=0,
     )
     expected = preprocess(decode_jpeg(train.read(2)[frame_name(1)]))
     assert torch.equal(batch.images[0, 1], expected)

@@ -42,7 +42,9 @@ def test_a_window_of_one_shard_reads_shards_one_after_another() -> None:
 def test_a_product_fills_at_most_its_share_of_every_batch(limit: int) -> None:
     rng = np.random.default_rng(0)
     # A long tail: product 0 has about a third of all samples.
-    products = [[int(p)] for p in np.minimum(rng.geometric(0.08, 400) - 1, 40) * (rng.random(400) > 0.3)]
+    products = [
+        [int(p)] for p in np.minimum(rng.geometric(0.08, 400) - 1, 40) * (rng.random(400) > 0.3)
+    ]
     batches = make(SamplerConfig(batch_size=16, max_rows_per_product=limit), products)
     for epoch in range(3):
         plan = batches.epoch(epoch)
@@ -53,7 +55,9 @@ def test_a_product_fills_at_most_its_share_of_every_batch(limit: int) -> None:
 
 
 def test_without_a_heavy_product_the_limit_still_shows_every_sample() -> None:
-    batches = make(SamplerConfig(batch_size=8, max_rows_per_product=2), [[i % 20] for i in range(80)])
+    batches = make(
+        SamplerConfig(batch_size=8, max_rows_per_product=2), [[i % 20] for i in range(80)]
+    )
     assert len({row.sample for batch in batches.epoch(1) for row in batch}) >= 76
 
 
@@ -89,9 +93,9 @@ def test_starting_in_the_middle_gives_the_rest_of_the_stream() -> None:
     (whole,) = ranks(batches, 1)
     (rest,) = ranks(batches, 1, start_epoch=1, start_step=4)
     assert rest == whole[batches.steps_per_epoch + 4 :]
-    assert len(RankBatches(batches, rank=0, world_size=1, num_epochs=3, start_epoch=1, start_step=4)) == len(
-        rest
-    )
+    assert len(
+        RankBatches(batches, rank=0, world_size=1, num_epochs=3, start_epoch=1, start_step=4)
+    ) == len(rest)
 
 
 def test_bad_sizes_are_refused() -> None:
@@ -101,5 +105,8 @@ def test_bad_sizes_are_refused() -> None:
         make(SamplerConfig(batch_size=8, max_rows_per_product=2), [[i % 2] for i in range(40)])
     with pytest.raises(UserError, match="cannot be cut into 3 equal parts"):
         RankBatches(
-            make(SamplerConfig(batch_size=8), [[i] for i in range(40)]), rank=0, world_size=3, num_epochs=1
+            make(SamplerConfig(batch_size=8), [[i] for i in range(40)]),
+            rank=0,
+            world_size=3,
+            num_epochs=1,
         )

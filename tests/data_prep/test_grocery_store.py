@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import os
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -202,6 +204,20 @@ def test_a_missing_file_is_named(config, missing):
     with pytest.raises(UserError, match=missing):
         program.main(config)
     assert not config.out.exists()
+
+
+def test_the_program_ends_with_one_line_for_a_user_error(tmp_path):
+    command = [sys.executable, ROOT / "data_prep/grocery_store.py"]
+    done = subprocess.run(
+        [*command, "--source", tmp_path, "--out", tmp_path / "tables"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/dataset/classes.csv: no such file")
+    assert done.stderr.count("\n") == 1
 
 
 def test_bad_lists_are_refused(config):

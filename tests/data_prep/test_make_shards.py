@@ -278,7 +278,7 @@ def test_a_split_column_without_training(catalogue):
 def test_a_split_that_lost_all_its_contents(catalogue):
     break_file(catalogue, "media/c2.mp4")
     config = config_for(catalogue)
-    with pytest.raises(UserError, match="split 'val' is empty: its 1 contents were dropped"):
+    with pytest.raises(UserError, match="split 'val' is empty: all of its 1 contents were dropped"):
         program.main(config)
     assert not config.out.exists()
 

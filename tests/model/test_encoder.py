@@ -133,7 +133,9 @@ def test_a_broken_encoder_is_named(encoder: Encoder, tmp_path: Path) -> None:
 
 
 def test_separate_towers_start_equal_and_are_their_own() -> None:
-    encoder = Encoder(EncoderConfig(towers="mmrec-tiny", image_size=32, separate_towers=True)).eval()
+    encoder = Encoder(
+        EncoderConfig(towers="mmrec-tiny", image_size=32, separate_towers=True)
+    ).eval()
     batch = items(encoder, [1], [None])
     assert torch.equal(encoder.embed_content(batch), encoder.embed_product(batch))
     with torch.no_grad():
@@ -148,7 +150,7 @@ def test_scale_is_capped() -> None:
     assert float(encoder.scale) == pytest.approx(100, rel=1e-5)
 
 
-# --- open_clip's own towers --------------------------------------------------------------------------
+# --- open_clip's own towers --------------------------------------------------------------------
 
 
 def save_open_clip_weights(config: Path, path: Path) -> torch.nn.Module:
@@ -159,7 +161,9 @@ def save_open_clip_weights(config: Path, path: Path) -> torch.nn.Module:
     return model
 
 
-def test_pretrained_from_a_file_gives_open_clips_own_embeddings(vit_config: Path, tmp_path: Path) -> None:
+def test_pretrained_from_a_file_gives_open_clips_own_embeddings(
+    vit_config: Path, tmp_path: Path
+) -> None:
     theirs = save_open_clip_weights(vit_config, tmp_path / "weights.safetensors")
     ours = Encoder(
         EncoderConfig(towers=str(vit_config), pretrained=str(tmp_path / "weights.safetensors"))
@@ -178,7 +182,9 @@ def test_pictures_reach_the_tower_as_open_clip_prepares_them(vit_config: Path) -
     open_clip.add_model_config(vit_config)
     _, _, transform = open_clip.create_model_and_transforms(vit_config.stem)
     encoder = Encoder(EncoderConfig(towers=str(vit_config)))
-    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    picture = (
+        np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    )
     theirs = transform(Image.fromarray(picture))  # pyright: ignore[reportCallIssue]
     ours = encoder.preprocess(torch.from_numpy(picture).permute(2, 0, 1))
     difference = (encoder.normalise_pixels(ours[None])[0] - theirs).abs()
@@ -218,7 +224,9 @@ def test_unknown_names_are_refused(config: EncoderConfig, message: str) -> None:
 def test_weights_that_do_not_fit_are_refused(vit_config: Path, tmp_path: Path) -> None:
     save_open_clip_weights(vit_config, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="does not fit mmrec-tiny"):
-        Encoder(EncoderConfig(towers="mmrec-tiny", pretrained=str(tmp_path / "weights.safetensors")))
+        Encoder(
+            EncoderConfig(towers="mmrec-tiny", pretrained=str(tmp_path / "weights.safetensors"))
+        )
 
 
 def test_a_saved_encoder_needs_no_model_config_file(vit_config: Path, tmp_path: Path) -> None:

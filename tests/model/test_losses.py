@@ -146,7 +146,7 @@ def test_objectives_are_weighted_and_inactive_ones_left_out() -> None:
     assert torch.allclose(losses["video_title"].double(), theirs, rtol=1e-5)
 
 
-# --- two ranks ---------------------------------------------------------------------------------------
+# --- two ranks ---------------------------------------------------------------------------------
 
 
 def free_port() -> int:

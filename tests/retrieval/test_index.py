@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import faiss
+import jaxtyping
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -59,6 +60,14 @@ def indexes(catalogue) -> Callable[[str], ProductIndex]:
     return cache(
         lambda factory: ProductIndex.build(ids, vectors, factory=factory, attributes=attributes)
     )
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Calls as users make them, with nothing between them and our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
@@ -148,6 +157,7 @@ def test_threads_get_the_answers_of_one(indexes):
         (np.full((3, WIDTH), np.nan, np.float32), "3 queries hold NaN or infinity.*row 0"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_queries_are_refused(queries, message):
     index = ProductIndex.build(names(5), unit_vectors(5))
     with pytest.raises(UserError, match=message):
@@ -243,6 +253,7 @@ def test_half_precision_is_of_unit_length_still():
 
 
 @pytest.mark.parametrize("shape", [(9, WIDTH), (10,), (10, 0), (10, 2, 3)])
+@pytest.mark.usefixtures("unchecked")
 def test_vectors_of_another_shape_are_refused(shape):
     with pytest.raises(UserError, match=r"expected \(10, D\)"):
         ProductIndex.build(names(10), np.ones(shape, np.float32))
@@ -338,6 +349,13 @@ def test_the_fingerprint_is_of_content(tmp_path):
     assert fingerprint("b", names(20), unit_vectors(20)) == first
     assert fingerprint("c", names(20), unit_vectors(20, seed=1)) != first
     assert fingerprint("d", names(20)[::-1], unit_vectors(20)) != first
+
+
+def test_reading_vectors_changes_no_fingerprint(indexes, tmp_path):
+    index = indexes("IVF64,Flat")
+    before = index.save(tmp_path / "before").fingerprint
+    index.vectors(index.ids[:3])
+    assert index.save(tmp_path / "after").fingerprint == before
 
 
 def test_an_index_is_overwritten_only_on_request(saved):
