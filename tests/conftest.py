@@ -76,3 +76,35 @@ def shared_data() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_shards: Path) -> Path:
+    """A run folder: a tiny encoder trained for two epochs with `accelerate launch`."""
+    out = tiny_shards.parent / "train"
+    flags = "--encoder.image-size 32 --sampler.batch-size 8 --epochs 2 --num-workers 0"
+    done = run(
+        Path(sys.executable).parent / "accelerate",
+        *[
+            "launch",
+            "--quiet",
+            "--config_file",
+            "accelerate_config.yaml",
+            "train/contrastive.py",
+            "demo",
+        ],
+        *("--shards", tiny_shards, "--out", out, "--log-every", "1", *flags.split()),
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def index(trained: Path, tiny_shards: Path) -> Path:
+    """An index of the tiny catalogue, built by the command line's own functions."""
+    from mmrec import cli
+
+    embeddings, out = trained.parent / "embeddings", trained.parent / "index"
+    cli.embed(encoder=trained / "encoder", shards=tiny_shards, out=embeddings)
+    cli.index_build(embeddings=embeddings, out=out)
+    return out

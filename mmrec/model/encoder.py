@@ -127,22 +127,64 @@ class Encoder(nn.Module):
 
         The scale comes out of here, not of the attribute, so that DDP sees it used.
         """
-        views = {**self.views(batch.content, "content"), **self.views(batch.product, "product")}
-        return views, self.scale
+        return self._views({"content": batch.content, "product": batch.product}), self.scale
 
     def views(self, items: ItemBatch, side: Side) -> Views:
         """The views of one side: pictures alone, title alone, and both fused."""
-        images = self._embed_images(items, side)
-        titles = self._embed_titles(items, side)
-        has_images = items.image_mask.any(1)
-        present = torch.stack([has_images, items.text_mask], dim=1)  # (B, 2)
-        fused = self.gates[side](torch.stack([images, titles], dim=1), present)
-        whole, pictures, title = VIEWS[side]
+        return self._views({side: items})
+
+    def _views(self, sides: dict[Side, ItemBatch]) -> Views:
+        # Padding is left out before the towers: it costs nothing, and never reaches batch statistics.
+        pictures = self._run(
+            {"content": self.image_tower, "product": self.product_image_tower},
+            {
+                side: self.normalise_pixels(items.images[items.image_mask])
+                for side, items in sides.items()
+            },
+        )
+        texts = self._run(
+            {"content": self.text_tower, "product": self.product_text_tower},
+            {side: items.tokens[items.text_mask] for side, items in sides.items()},
+        )
+        views: Views = {}
+        for side, items in sides.items():
+            frames = pictures[side].new_zeros(*items.image_mask.shape, self.width)
+            frames[items.image_mask] = normalize(pictures[side], dim=-1)  # (B, T, D)
+            images = normalize(masked_mean(frames, items.image_mask), dim=-1)  # (B, D)
+            titles = texts[side].new_zeros(len(items), self.width)
+            titles[items.text_mask] = normalize(texts[side], dim=-1)  # (B, D)
+            has_images = items.image_mask.any(1)
+            present = torch.stack([has_images, items.text_mask], dim=1)  # (B, 2)
+            fused = self.gates[side](torch.stack([images, titles], dim=1), present)
+            whole, picture, title = VIEWS[side]
+            views |= {
+                whole: (fused, present.any(1)),
+                picture: (images, has_images),
+                title: (titles, items.text_mask),
+            }
+        return views
+
+    def _run(
+        self, towers: Mapping[Side, nn.Module | None], inputs: Mapping[Side, Tensor]
+    ) -> dict[Side, Float[Tensor, "_N D"]]:
+        """Run each side's rows through its tower, in one call where the sides share it.
+
+        One call is faster, and it keeps batch normalisation honest: frames and product images differ,
+        and statistics taken of each alone in training are not those of both that are kept for later.
+        """
+        if len(inputs) > 1 and towers["product"] is None:
+            sizes = [len(rows) for rows in inputs.values()]
+            outputs = self._run_one(towers["content"], torch.cat(list(inputs.values())))
+            return dict(zip(inputs, outputs.split(sizes), strict=True))
         return {
-            whole: (fused, present.any(1)),
-            pictures: (images, has_images),
-            title: (titles, items.text_mask),
+            side: self._run_one(towers[side] or towers["content"], rows)
+            for side, rows in inputs.items()
         }
+
+    def _run_one(self, tower: nn.Module | None, rows: Tensor) -> Float[Tensor, "_N D"]:
+        if tower is None or not len(rows):
+            return torch.zeros(0, self.width, device=self.device)
+        return tower(rows)
 
     @torch.inference_mode()
     def embed(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
@@ -165,27 +207,6 @@ class Encoder(nn.Module):
         """Bytes to the floats that the image tower was trained on."""
         pixels = images.float().contiguous(memory_format=torch.channels_last)
         return (pixels - self.mean) / self.std
-
-    def _embed_images(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
-        tower = (self.product_image_tower if side == "product" else None) or self.image_tower
-        mask = items.image_mask
-        if not mask.any():
-            return torch.zeros(len(items), self.width, device=self.device)
-        # Padding is left out before the tower: it costs nothing, and never reaches batch statistics.
-        vectors = tower(self.normalise_pixels(items.images[mask]))  # (N, D)
-        frames = vectors.new_zeros(*mask.shape, self.width)
-        frames[mask] = normalize(vectors, dim=-1)  # (B, T, D)
-        return normalize(masked_mean(frames, mask), dim=-1)
-
-    def _embed_titles(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
-        tower = (self.product_text_tower if side == "product" else None) or self.text_tower
-        mask = items.text_mask
-        if not mask.any():
-            return torch.zeros(len(items), self.width, device=self.device)
-        vectors = tower(items.tokens[mask])  # (N, D)
-        titles = vectors.new_zeros(len(items), self.width)
-        titles[mask] = normalize(vectors, dim=-1)
-        return titles
 
     def save(
         self, folder: Path | str, *, parents: list[Parent] | None = None, overwrite: bool = False

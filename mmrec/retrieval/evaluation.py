@@ -260,7 +260,9 @@ def make_cards(
     num_matches: int = 5,
 ) -> list[QueryCard]:
     """A gallery of `count` queries spread over the split, not chosen by how well they went."""
-    chosen = np.unique(np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(int))
+    chosen = np.unique(
+        np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(int)
+    ).tolist()
     cards = []
     for query in chosen:
         scores = products @ queries[query]

@@ -1,0 +1,83 @@
+"""Schedules, run folders, stopwatches: the small pieces that the training loops share."""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mmrec.errors import UserError
+from mmrec.training.progress import Stopwatch
+from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
+from mmrec.training.schedules import warmup_cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.5
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    folder: Path
+    inner: Inner = field(default_factory=Inner)
+    names: tuple[str, ...] = ()
+
+
+def test_warmup_rises_in_a_line_and_the_cosine_ends_at_its_floor() -> None:
+    factors = [warmup_cosine(step, total=100, warmup=10, final=0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1
+    expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 45 / 90))
+    assert factors[55] == pytest.approx(expected)
+    assert factors[99] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_config_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    config = Outer(folder=Path("a/b"), inner=Inner(limit=3), names=("x", "y"))
+    RunFolder(tmp_path / "run", config, from_step=None)
+    assert read_config(tmp_path / "run/config.json", Outer) == config
+
+
+def test_a_config_with_a_field_too_many_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"folder": "a", "inner": {"rat": 1}}))
+    with pytest.raises(UserError, match="Inner has no field 'rat'"):
+        read_config(path, Outer)
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read as a config"):
+        read_config(path, Outer)
+
+
+def test_differing_fields_are_named_with_both_values() -> None:
+    one, two = Outer(folder=Path("a")), Outer(folder=Path("a"), inner=Inner(rate=0.7))
+    assert differing_fields(one, two) == ["inner.rate 0.5 -> 0.7"]
+    assert differing_fields(one, one) == []
+
+
+def test_resuming_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, Outer(folder=Path("a")), from_step=None)
+    for step in (10, 20, 30):
+        run.log({"step": step, "loss": 1.0})
+    with open(run.metrics_path, "a") as file:
+        file.write('{"step": 40, "lo')  # The line that a kill cut short.
+    RunFolder(tmp_path, Outer(folder=Path("a")), from_step=20)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
+
+
+def test_the_stopwatch_tells_waiting_from_working() -> None:
+    def slow_batches():
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    watch = Stopwatch()
+    for _ in watch.waiting(slow_batches()):
+        time.sleep(0.02)
+        watch.add(10)
+    report = watch.report()
+    assert 0.5 < report["data_wait"] < 0.95
+    assert report["samples_per_s"] == pytest.approx(30 / 0.21, rel=0.3)
