@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_config.yaml
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml
 
 .PHONY: demo test check format install clean
 

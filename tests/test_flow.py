@@ -238,6 +238,40 @@ def test_training_starts_from_a_file_of_open_clip_weights(
     assert not torch.equal(last[name], weights["visual.conv1.weight"])
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_options_work_together(tiny_shards: Path, tmp_path: Path) -> None:
+    """Mixed precision, accumulation, every objective, separate towers, a cap, a tracker."""
+    program = load_program("train/contrastive.py")
+    recipe = program.RECIPES["demo"]
+    objectives = program.Objectives(
+        video_image=1.0, title_title=0.5, video_title=0.5, image_title=0.5
+    )
+    config = replace(
+        recipe,
+        shards=tiny_shards,
+        out=tmp_path / "run",
+        encoder=replace(recipe.encoder, image_size=32, separate_towers=True),
+        sampler=replace(recipe.sampler, batch_size=6, max_rows_per_product=1),
+        objectives=objectives,
+        epochs=2,
+        accumulation=2,
+        mixed_precision="bf16",
+        num_workers=0,
+        log_every=1,
+        eval_every=2,
+        trackers=("tensorboard",),
+    )
+    program.main(config)
+    steps = [row for row in read_metrics(config.out) if "loss" in row]
+    assert len(steps) == 2 * (28 // 6) // 2
+    assert {"content_product", "video_image", "title_title", "video_title", "image_title"} <= set(
+        steps[0]
+    )
+    assert all(np.isfinite(row["loss"]) for row in steps)
+    assert list(config.out.rglob("events.out.tfevents.*"))
+    assert Encoder.load(config.out / "encoder").product_image_tower is not None
+
+
 def test_two_ranks_train_together(tiny_shards: Path, tmp_path: Path) -> None:
     flags = (
         "--encoder.image-size 32 --sampler.batch-size 8 --epochs 1 --num-workers 0 --log-every 1"
@@ -307,6 +341,7 @@ def test_shards_from_elsewhere_are_not_evaluated_by_accident(
             "python train/contrastive.py demo --shards {shards} --out {out} --sampler.batch-size 999",
             "a batch of 999 rows needs as many samples",
         ),
+        ("python train/contrastive.py demo --shards {no} --out {out}", "no such folder"),
         ("python data_prep/make_shards.py --tables {no} --out {out}", "no such folder"),
     ],
 )

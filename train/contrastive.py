@@ -232,9 +232,9 @@ def main(config: TrainConfig) -> None:
     set_seed(config.seed)
 
     # --- data ----------------------------------------------------------------------------------
+    shards = read_manifest(config.shards, "shards")
     train = open_shards(config.shards, "contents", "train")
     numbers = number_products(train.product_ids)
-    shards = read_manifest(config.shards, "shards")
     # A content carries the images of its heaviest links alone; only those can stand for it.
     inline = shards.config["max_products_per_content"]
     batches = GlobalBatches(

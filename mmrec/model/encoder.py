@@ -148,11 +148,9 @@ class Encoder(nn.Module):
         )
         views: Views = {}
         for side, items in sides.items():
-            frames = pictures[side].new_zeros(*items.image_mask.shape, self.width)
-            frames[items.image_mask] = normalize(pictures[side], dim=-1)  # (B, T, D)
+            frames = _scatter(normalize(pictures[side], dim=-1), items.image_mask)  # (B, T, D)
             images = normalize(masked_mean(frames, items.image_mask), dim=-1)  # (B, D)
-            titles = texts[side].new_zeros(len(items), self.width)
-            titles[items.text_mask] = normalize(texts[side], dim=-1)  # (B, D)
+            titles = _scatter(normalize(texts[side], dim=-1), items.text_mask)  # (B, D)
             has_images = items.image_mask.any(1)
             present = torch.stack([has_images, items.text_mask], dim=1)  # (B, 2)
             fused = self.gates[side](torch.stack([images, titles], dim=1), present)
@@ -266,3 +264,10 @@ class Encoder(nn.Module):
             ) from None
         encoder.fingerprint = manifest.fingerprint
         return encoder.eval().to(device)
+
+
+def _scatter(rows: Float[Tensor, "_N D"], mask: Bool[Tensor, "*rest"]) -> Float[Tensor, "*rest D"]:
+    """Put rows where the mask is true, in its order, and zeros elsewhere."""
+    places = rows.new_zeros(*mask.shape, rows.shape[-1])
+    places[mask] = rows
+    return places

@@ -90,7 +90,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[QueryCard]]:
     """Measure an encoder on a split: the contents of `metrics.json`, and cards for a gallery.
 
-    Beside DESIGN's shape, "modalities" holds the same slices with only the pictures or only the title
+    Beside the usual keys, "modalities" holds the same slices with only the pictures or only the title
     of each content, and "timing" the seconds taken. `untrained` adds a baseline: the same encoder with
     the weights that its training started from.
     """
@@ -124,10 +124,11 @@ def evaluate(
         intervals=bootstrap_intervals(values, slices),
         baselines=summaries,
     )
-    metrics["modalities"] = {
-        "video alone": summarise(ranked("trained", "video"), slices),
-        "title alone": summarise(ranked("trained", "content_title"), slices),
-    }
+    if any(gallery.contents.meta(row)["title"] for row in range(len(gallery.contents))):
+        metrics["modalities"] = {
+            "video alone": summarise(ranked("trained", "video"), slices),
+            "title alone": summarise(ranked("trained", "content_title"), slices),
+        }
     metrics["timing"] = {
         "embed_s": round(embedded - started, 2),
         "total_s": round(time.perf_counter() - started, 2),
@@ -198,7 +199,7 @@ def evaluate_to_folder(
     (out / "report.html").write_text(page, encoding="utf-8")
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_picture(cards[:6], picture)
+        draw_picture(cards[:: max(1, len(cards) // 6)][:6], picture)
     return table + "\n\n" + f"report: {out / 'report.html'}"
 
 

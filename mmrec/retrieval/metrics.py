@@ -267,6 +267,15 @@ def evaluation(
     }
 
 
+def systems(metrics: Mapping[str, Any]) -> dict[str, Summary]:
+    """What a table compares, in order: the encoder, the encoder with half of each query, baselines."""
+    return {
+        "trained": metrics["slices"],
+        **metrics.get("modalities", {}),
+        **metrics["baselines"],
+    }
+
+
 def format_table(
     metrics: Mapping[str, Any], slices: Sequence[str] = ("all", "warm", "cold")
 ) -> str:
@@ -276,7 +285,7 @@ def format_table(
     """
     header = ["system", "slice", "queries", *METRIC_NAMES]
     rows = []
-    for system, summary in {"trained": metrics["slices"], **metrics["baselines"]}.items():
+    for system, summary in systems(metrics).items():
         for name in (name for name in slices if name in summary):
             means = summary[name]
             figures = [f"{means[metric]:.3f}" for metric in METRIC_NAMES]

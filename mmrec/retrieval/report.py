@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mmrec.retrieval.metrics import METRIC_NAMES
+from mmrec.retrieval.metrics import METRIC_NAMES, systems
 
 # The slices of the main table; all others go to the table of slices.
 MAIN_SLICES = ("all", "warm", "cold")
@@ -209,18 +209,19 @@ def _scrolling(table: str, label: str) -> str:
 
 
 def _systems(metrics: Mapping[str, Any], slice_name: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The encoder, then each baseline, on one slice."""
-    systems = {"trained": metrics["slices"], **metrics["baselines"]}
+    """The encoder, the encoder with half of each query, then each baseline, on one slice."""
     return [
-        (name, summary[slice_name]) for name, summary in systems.items() if slice_name in summary
+        (name, summary[slice_name])
+        for name, summary in systems(metrics).items()
+        if slice_name in summary
     ]
 
 
 def _result_rows(metrics: Mapping[str, Any], slice_name: str) -> str:
-    systems = _systems(metrics, slice_name)
-    best = {metric: max(means[metric] for _, means in systems) for metric in METRIC_NAMES}
+    found = _systems(metrics, slice_name)
+    best = {metric: max(means[metric] for _, means in found) for metric in METRIC_NAMES}
     rows = []
-    for system, means in systems:
+    for system, means in found:
         trained = system == "trained"
         intervals = metrics["intervals"].get(slice_name, {}) if trained else {}
         cells = "".join(
