@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
+# A content of the test split; the generated catalogue is the same everywhere.
+UNSEEN := $(DEMO)/tables/media/contents/c00332.mp4
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml
 
 .PHONY: demo test check format install clean
@@ -15,8 +17,9 @@ demo: $(INSTALLED)
 	@$(LAUNCH) train/contrastive.py demo --shards $(DEMO)/shards --out $(DEMO)/train
 	@$(BIN)/mmrec embed --encoder $(DEMO)/train/encoder --shards $(DEMO)/shards --out $(DEMO)/embeddings --overwrite
 	@$(BIN)/mmrec index build --embeddings $(DEMO)/embeddings --out $(DEMO)/index --overwrite
+	@echo "a video that training never saw, and what it matches:"
+	@$(BIN)/mmrec search --index $(DEMO)/index --video $(UNSEEN) --k 5
 	@$(BIN)/mmrec evaluate --encoder $(DEMO)/train/encoder --shards $(DEMO)/shards --out $(DEMO)
-	@echo "report: $(DEMO)/report.html"
 
 test: $(INSTALLED)
 	@$(BIN)/pytest
