@@ -117,13 +117,18 @@ def find_parent(folder: Path, kind: str) -> Path | None:
 def lineage(folder: Path | str) -> Iterator[tuple[int, Path, Parent | None, Manifest | None]]:
     """Walk a folder and its ancestors, nearest first.
 
-    Yields (depth, path, the child's record of it, its manifest). The manifest is None where the folder
-    is no longer there; where its fingerprint differs from the record, it was made anew since.
+    Yields (depth, path, the child's record of it, its manifest), an ancestor that several descendants
+    remember alike once. The manifest is None where the folder is no longer there; where its fingerprint
+    differs from the record, it was made anew since.
     """
+    seen: set[tuple[Path, str | None]] = set()
 
     def walk(
         path: Path, record: Parent | None, depth: int
     ) -> Iterator[tuple[int, Path, Parent | None, Manifest | None]]:
+        if (path, record and record.fingerprint) in seen:
+            return
+        seen.add((path, record and record.fingerprint))
         manifest = read_manifest(path) if (path / FILE_NAME).is_file() else None
         yield depth, path, record, manifest
         for parent in manifest.parents if manifest else []:
@@ -144,7 +149,8 @@ def describe(folder: Path | str) -> str:
         stale = record is not None and record.fingerprint != manifest.fingerprint
         note = f"  made anew since: was {record.fingerprint}" if stale and record else ""
         lines.append(f"{indent}{manifest.kind}  {path}  {manifest.fingerprint}{note}")
-        facts = {"mmrec": manifest.mmrec_version, **manifest.counts, **manifest.details}
+        # A count stands for a list of the same name.
+        facts = {**manifest.details, "mmrec": manifest.mmrec_version, **manifest.counts}
         if depth == 0:
             facts |= {f"config.{name}": value for name, value in manifest.config.items()}
         lines += [f"{indent}    {name}: {_short(value)}" for name, value in facts.items()]
