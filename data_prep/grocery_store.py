@@ -110,7 +110,7 @@ def main(config: GroceryStoreConfig) -> Tables:
     photos = read_photos(dataset, [product["product_id"] for product in products])
     titles = {row["product_id"]: row["coarse"] for row in products if config.titles == "coarse"}
 
-    with new_folder(config.out, overwrite=config.overwrite) as folder:
+    with new_folder(config.out, kind="tables", overwrite=config.overwrite) as folder:
         dropped: Counter[str] = Counter()
         if config.form == "photos":
             contents, links = photo_contents(photos, media=media, titles=titles)
@@ -137,7 +137,7 @@ def main(config: GroceryStoreConfig) -> Tables:
 
 def check_config(config: GroceryStoreConfig) -> None:
     """Refuse, before any work is done, settings that no clip can be made with."""
-    check_output(config.out, overwrite=config.overwrite)
+    check_output(config.out, kind="tables", overwrite=config.overwrite, inputs=[config.source])
     for name, least in (("fps", 1), ("frames_per_photo", 1), ("clip_size", 16), ("num_workers", 1)):
         value = getattr(config, name)
         if value is not None and value < least:
@@ -362,9 +362,8 @@ def write_video(path: Path, frames: Sequence[UInt8[np.ndarray, "S S 3"]], *, fps
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = (
-            1  # x264 cuts a frame in as many slices as it has threads
-        )
+        # x264 cuts a frame in as many slices as it has threads.
+        stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

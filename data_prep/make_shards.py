@@ -141,7 +141,7 @@ def main(config: MakeShardsConfig) -> Path:
     """Make the shards; returns their folder."""
     # Config and plan: every mistake that the tables can show is found before anything is decoded.
     _check_config(config)
-    check_output(config.out, overwrite=config.overwrite)
+    check_output(config.out, kind="shards", overwrite=config.overwrite, inputs=[config.tables])
     tables = read_tables(config.tables)
     links = _links_by_content(tables)
     splits = _assign_splits(config, tables, links)
@@ -153,7 +153,7 @@ def main(config: MakeShardsConfig) -> Path:
 
     num_samples = len(tables.products) + len(links)
     with (
-        new_folder(config.out, overwrite=config.overwrite) as folder,
+        new_folder(config.out, kind="shards", overwrite=config.overwrite) as folder,
         _Decoder(config, num_samples) as decoder,
     ):
         # Products first: a content without a product that can be shown teaches nothing.
@@ -245,7 +245,10 @@ def _assign_splits(
         source = f"--val {config.val} and --test {config.test}"
     for split in sorted(wanted - set(splits.values())):
         raise UserError(
-            f"split '{split}' is empty: {source} put none of {len(splits)} contents in it"
+            f"split '{split}' is empty: {source} put none of {len(splits)} contents in it; "
+            f"--{split} 0 goes without it, and a split column in links decides by hand"
+            if split != "train"
+            else f"split 'train' is empty: {source} put none of {len(splits)} contents in it"
         )
     return splits
 

@@ -277,10 +277,10 @@ def generate(config: SyntheticConfig) -> Tables:
     Raises `UserError` for settings that contradict each other and for an `out` already there.
     """
     _check(config)
-    check_output(config.out, overwrite=config.overwrite)
+    check_output(config.out, kind="tables", overwrite=config.overwrite)
     products = _draw_products(config)
     contents = _plan_contents(config, products)
-    with new_folder(config.out, overwrite=config.overwrite) as folder:
+    with new_folder(config.out, kind="tables", overwrite=config.overwrite) as folder:
         for kind in ("products", "contents"):
             (folder / "media" / kind).mkdir(parents=True)
         for item in products:

@@ -187,7 +187,7 @@ def run_program(program: Callable[[], Result]) -> Result:
     try:
         return program()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not our failure.
         sys.stderr.close()

@@ -49,6 +49,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give every rank the first one's buffers, such as the statistics of batch normalisation."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def gather_objects(local: Any) -> list[Any]:
     """Every rank's picklable object, in rank order; for results, not for the inner loop."""
     if world_size() == 1:

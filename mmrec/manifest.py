@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,10 +56,15 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into a folder; the last thing done before the folder is published."""
-    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, default=str)
-    temporary = folder / f".{FILE_NAME}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(folder / FILE_NAME)
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    write_whole(folder / FILE_NAME, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old one or the new one, never half of either."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
@@ -144,7 +149,9 @@ def describe(folder: Path | str) -> str:
     for depth, path, record, manifest in lineage(folder):
         indent = "    " * depth
         if manifest is None:
-            lines.append(f"{indent}{record.kind if record else '?'}  {path}  no longer there")
+            # Tables that somebody else wrote have no manifest, and are none the worse for it.
+            state = "has no manifest" if path.exists() else "no longer there"
+            lines.append(f"{indent}{record.kind if record else '?'}  {path}  {state}")
             continue
         stale = record is not None and record.fingerprint != manifest.fingerprint
         note = f"  made anew since: was {record.fingerprint}" if stale and record else ""
@@ -188,20 +195,44 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work is done, an output folder that is already there."""
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+def check_output(
+    path: Path, *, kind: str, overwrite: bool, inputs: Iterable[Path | str] = ()
+) -> None:
+    """Refuse, before any work is done, an output folder that cannot or must not be written.
+
+    What is there is replaced only if `overwrite` says so and its manifest is of the same kind, so that
+    no slip of the hand deletes what mmrec did not make. An output that is or holds one of the `inputs`
+    is refused in any case.
+    """
+    whole = path.resolve()
+    for folder in (path, *whole.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{path}: cannot be written, since {folder} is a file")
+    for given in inputs:
+        if Path(given).resolve().is_relative_to(whole):
+            raise UserError(f"{path}: holds the input {given}; give another --out")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise UserError(f"{path}: already exists; give another --out, or --overwrite to replace it")
+    found = read_manifest(path).kind if (path / FILE_NAME).is_file() else "something else"
+    if found != kind:
+        raise UserError(
+            f"{path}: --overwrite replaces {kind} alone, and this is {found}; give another --out"
+        )
 
 
 @contextmanager
-def new_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: Path | str, *, kind: str, overwrite: bool = False, inputs: Iterable[Path | str] = ()
+) -> Iterator[Path]:
     """Build a folder under a temporary name beside `path`, and rename it when the block ends well.
 
-    When the block fails the temporary folder is removed, and what was at `path` before stays.
+    When the block fails the temporary folder is removed, and what was at `path` before stays. Raises
+    `UserError` as `check_output` does.
     """
     path = Path(path)
-    check_output(path, overwrite=overwrite)
+    check_output(path, kind=kind, overwrite=overwrite, inputs=inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -211,7 +242,12 @@ def new_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
         old = path.parent / f".{path.name}.old-{os.getpid()}"
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

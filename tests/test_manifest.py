@@ -9,6 +9,7 @@ import pytest
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
+    check_output,
     describe,
     find_parent,
     fingerprint_of,
@@ -21,7 +22,7 @@ from mmrec.manifest import (
 
 
 def make(folder: Path, kind: str, fingerprint: str, parent: Path | None = None) -> Path:
-    with new_folder(folder, overwrite=True) as temporary:
+    with new_folder(folder, kind=kind, overwrite=True) as temporary:
         parents = [parent_of(folder, parent)] if parent else []
         write_manifest(
             temporary,
@@ -36,7 +37,7 @@ def test_a_folder_appears_only_when_whole(tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
 
-    with pytest.raises(Interrupted), new_folder(tmp_path / "out") as folder:  # noqa: PT012
+    with pytest.raises(Interrupted), new_folder(tmp_path / "out", kind="tables") as folder:  # noqa: PT012
         (folder / "half").write_text("x")
         raise Interrupted
     assert list(tmp_path.iterdir()) == []
@@ -44,7 +45,7 @@ def test_a_folder_appears_only_when_whole(tmp_path: Path) -> None:
 
 def test_what_was_there_stays_when_its_replacement_fails(tmp_path: Path) -> None:
     make(tmp_path / "out", "tables", "1")
-    with pytest.raises(KeyError), new_folder(tmp_path / "out", overwrite=True):
+    with pytest.raises(KeyError), new_folder(tmp_path / "out", kind="tables", overwrite=True):
         raise KeyError
     assert read_manifest(tmp_path / "out").fingerprint == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -52,8 +53,38 @@ def test_what_was_there_stays_when_its_replacement_fails(tmp_path: Path) -> None
 
 def test_an_existing_folder_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     make(tmp_path / "out", "tables", "1")
-    with pytest.raises(UserError, match="already exists"), new_folder(tmp_path / "out"):
+    with (
+        pytest.raises(UserError, match="already exists"),
+        new_folder(tmp_path / "out", kind="tables"),
+    ):
         pass
+
+
+def test_overwriting_replaces_only_its_own_kind(tmp_path: Path) -> None:
+    make(tmp_path / "out", "tables", "1")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious.txt").write_text("x")
+    for folder, found in (("out", "tables"), ("mine", "something else")):
+        with (
+            pytest.raises(UserError, match=f"replaces shards alone, and this is {found}"),
+            new_folder(tmp_path / folder, kind="shards", overwrite=True),
+        ):
+            pass
+    assert (tmp_path / "mine/precious.txt").exists()
+
+
+def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
+    tables = make(tmp_path / "all/tables", "tables", "1")
+    for out in (tables, tmp_path / "all", tmp_path / "all/../all"):
+        with pytest.raises(UserError, match="holds the input"):
+            check_output(out, kind="tables", overwrite=True, inputs=[tables])
+    check_output(tables / "shards", kind="shards", overwrite=False, inputs=[tables])
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        check_output(tmp_path / "file/below/out", kind="tables", overwrite=True)
 
 
 def test_parents_are_found_after_the_whole_tree_moves(tmp_path: Path) -> None:

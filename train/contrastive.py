@@ -14,13 +14,14 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
 
@@ -28,17 +29,18 @@ from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
 from mmrec.data.shards import open_shards
+from mmrec.distributed import broadcast_buffers
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
+    check_output,
     fingerprint_of,
-    hash_file,
     parent_of,
     read_manifest,
     write_manifest,
 )
 from mmrec.model.encoder import Encoder, EncoderConfig
-from mmrec.model.losses import Objectives, contrastive_loss
+from mmrec.model.losses import Objectives, active, contrastive_loss
 from mmrec.retrieval.evaluation import Gallery, measure
 from mmrec.training.checkpoints import Progress, list_checkpoints, read_progress, save_checkpoint
 from mmrec.training.progress import Stopwatch
@@ -132,9 +134,9 @@ RECIPES: dict[str, TrainConfig] = {
         out=_NOWHERE,
         encoder=EncoderConfig(towers="mmrec-small", num_frames=8),
         sampler=SamplerConfig(batch_size=64),
-        augment=AugmentConfig(min_scale=0.3, flip=0.5, color=0.3),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        epochs=45,
+        augment=AugmentConfig(min_scale=0.35, flip=0.5, color=0.15),
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1),
+        epochs=32,
         num_frames=2,
         num_workers=1,
         best_metric="R@1",
@@ -145,8 +147,8 @@ RECIPES: dict[str, TrainConfig] = {
         out=_NOWHERE,
         encoder=EncoderConfig(towers="mmrec-small", num_frames=8),
         sampler=SamplerConfig(batch_size=64),
-        augment=AugmentConfig(min_scale=0.3, flip=0.5, color=0.3),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        augment=AugmentConfig(min_scale=0.35, flip=0.5, color=0.15),
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1),
         epochs=100,
         num_frames=2,
         num_workers=1,
@@ -187,24 +189,33 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 # Where and how fast may change on resume; what is learned may not.
-_FREE_ON_RESUME = (
-    *("shards", "out", "resume", "num_workers", "cpu_threads"),
-    *("trackers", "log_every", "keep_checkpoints"),
-)
-
-
-# Where and how fast may change on resume; what is learned may not.
 FREE_ON_RESUME = (
     *("shards", "out", "resume", "num_workers", "cpu_threads"),
     *("trackers", "log_every", "keep_checkpoints"),
 )
 
 
-def check(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+def check(config: TrainConfig) -> Path | None:
     """Find the checkpoint to go on from, and refuse what cannot work before any work is done."""
-    for name, value in (("epochs", config.epochs), ("num-frames", config.num_frames)):
-        if value < 1:
-            raise UserError(f"--{name} {value}: expected at least 1")
+    positive = ("epochs", "num_frames", "num_images", "accumulation", "log_every")
+    positive += ("checkpoint_every", "keep_checkpoints")
+    limits = {name: (getattr(config, name), 1) for name in positive}
+    for name in ("num_workers", "cpu_threads", "eval_every", "seed"):
+        limits[name] = (getattr(config, name), 0)
+    limits["encoder.num_frames"] = (config.encoder.num_frames, 1)
+    if config.encoder.image_size is not None:
+        limits["encoder.image_size"] = (config.encoder.image_size, 1)
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if not active(config.objectives):
+        raise UserError("--objectives: every weight is 0, so there is nothing to learn")
+    known = [tracker.value for tracker in get_available_trackers()]
+    for tracker in config.trackers:
+        if tracker not in known:
+            found = ", ".join(known) or "none"
+            raise UserError(f"--trackers {tracker}: not installed here; those that are: {found}")
+    check_output(config.out / "encoder", kind="encoder", overwrite=True, inputs=[config.shards])
     checkpoints = list_checkpoints(config.out)
     if not config.resume and (config.out / "metrics.jsonl").exists():
         raise UserError(
@@ -217,6 +228,12 @@ def check(config: TrainConfig, accelerator: Accelerator) -> Path | None:
     changed = differing_fields(replace(earlier, **free), config)
     if changed:
         raise UserError(f"{config.out}: cannot resume with another config: {'; '.join(changed)}")
+    shards = read_manifest(config.shards, "shards").fingerprint
+    before = read_progress(checkpoints[-1]).shards
+    if shards != before:
+        raise UserError(
+            f"{config.out}: cannot resume on other shards: began on {before}, and {config.shards} is {shards}"
+        )
     return checkpoints[-1]
 
 
@@ -240,6 +257,7 @@ def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.Ad
 
 def main(config: TrainConfig) -> None:
     """Train, evaluate while training, and export the best encoder."""
+    checkpoint = check(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
@@ -248,7 +266,6 @@ def main(config: TrainConfig) -> None:
         # A batch may hold no title at all, and then the text tower has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    checkpoint = check(config, accelerator)
     set_seed(config.seed)
     if accelerator.device.type == "cpu":
         # accelerate launch gives a process one thread unless OMP_NUM_THREADS says otherwise.
@@ -285,7 +302,7 @@ def main(config: TrainConfig) -> None:
     optimizer = build_optimizer(encoder, config.optimizer)
     model, optimizer = accelerator.prepare(encoder, optimizer)
 
-    progress = Progress()
+    progress = Progress(shards=shards.fingerprint)
     if checkpoint:
         progress = read_progress(checkpoint)
         accelerator.load_state(str(checkpoint))
@@ -347,9 +364,11 @@ def main(config: TrainConfig) -> None:
 
     def evaluate(progress: Progress) -> Progress:
         """Measure retrieval on the val split and export the encoder if it is the best so far."""
-        value = -math.inf
+        value = None
         if gallery:
-            metrics = measure(accelerator.unwrap_model(model), gallery, num_workers=0)
+            # Ranks see other rows, and so have other batch statistics; the first one's are exported.
+            broadcast_buffers(encoder)
+            metrics = measure(encoder, gallery, num_workers=config.num_workers)
             value = metrics[config.best_metric]
             record({"step": progress.step, **{f"val/{name}": v for name, v in metrics.items()}})
             bar.write(
@@ -357,11 +376,13 @@ def main(config: TrainConfig) -> None:
                 + "  ".join(f"{name} {v:.3f}" for name, v in metrics.items()),
                 file=sys.stderr,
             )
-        if value > progress.best or (not gallery and progress.step == total_steps):
+        # Equal is better: of two that score the same, the one that has learned longer.
+        better = value is not None and (progress.best is None or value >= progress.best)
+        if better or (value is None and progress.step == total_steps):
             if accelerator.is_main_process:
                 parent = parent_of(config.out / "encoder", config.shards, "shards")
                 encoder.save(config.out / "encoder", parents=[parent], overwrite=True)
-            progress = replace(progress, best=value)
+            progress = replace(progress, best=value, best_step=progress.step)
         accelerator.wait_for_everyone()
         return progress
 
@@ -369,7 +390,7 @@ def main(config: TrainConfig) -> None:
     bar = tqdm(
         total=total_steps, initial=progress.step, desc="train", unit="step", disable=run is None
     )
-    started = time.perf_counter()
+    started = time.perf_counter() - progress.seconds
     if not checkpoint:
         progress = evaluate(progress)
     model.train()
@@ -384,10 +405,14 @@ def main(config: TrainConfig) -> None:
         if micro % config.accumulation:
             continue
         epoch, place = divmod(micro, batches.steps_per_epoch)
-        progress = replace(progress, step=progress.step + 1, epoch=epoch, batch=place)
+        seconds = time.perf_counter() - started
+        progress = replace(
+            progress, step=progress.step + 1, epoch=epoch, batch=place, seconds=seconds
+        )
         bar.update()
         if progress.step % config.log_every == 0 or progress.step == total_steps:
-            row = {name: float(value.detach()) for name, value in losses.items()}
+            means = {name: accelerator.reduce(v.detach(), "mean") for name, v in losses.items()}
+            row = {name: float(value) for name, value in means.items()}  # pyright: ignore
             row |= {
                 "lr": optimizer.param_groups[0]["lr"],
                 "scale": float(encoder.scale.detach()),
@@ -411,30 +436,34 @@ def main(config: TrainConfig) -> None:
 
     # --- save ----------------------------------------------------------------------------------
     if run:
-        minutes = (time.perf_counter() - started) / 60
-        finish(config, progress, total_batches * config.sampler.batch_size, minutes)
+        finish(config, progress, total_batches * config.sampler.batch_size)
     if config.trackers:
         accelerator.end_training()
 
 
-def finish(config: TrainConfig, progress: Progress, samples: int, minutes: float) -> None:
+def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
     """Write the run's manifest and say where the encoder is."""
     encoder = read_manifest(config.out / "encoder", "encoder")
-    raw = read_config(config.out / "config.json", TrainConfig)
+    minutes = round(progress.seconds / 60, 2)
     write_manifest(
         config.out,
         Manifest(
             kind="run",
-            config=vars(raw),
+            config=asdict(config),
             counts={"steps": progress.step, "in": samples, "out": samples, "dropped": {}},
             parents=[parent_of(config.out, config.shards, "shards")],
             fingerprint=fingerprint_of(
-                {"encoder": encoder.fingerprint, "config": hash_file(config.out / "config.json")}
+                {"encoder": encoder.fingerprint, "steps": str(progress.step)}
             ),
-            details={"best": {config.best_metric: progress.best}, "minutes": round(minutes, 2)},
+            details={
+                "best": {config.best_metric: progress.best, "step": progress.best_step},
+                "minutes": minutes,
+            },
         ),
     )
-    best = f"best val {config.best_metric} {progress.best:.3f}"
+    best = "there is no val split, so the last encoder was kept"
+    if progress.best is not None:
+        best = f"best val {config.best_metric} {progress.best:.3f} at step {progress.best_step}"
     print(f"trained {progress.step} steps in {minutes:.1f} min; {best}")
     print(f"encoder: {config.out / 'encoder'}")
 

@@ -58,7 +58,7 @@ class PairBatch:
     product_number: Int[Tensor, " B"]
     """The number of the row's product in the split's sorted list of product ids."""
     links: Int[Tensor, "B M"]
-    """Numbers of every product that the content links to; -1 pads."""
+    """Numbers of every product that the content links to; -1 pads to the split's longest row."""
     weights: Float[Tensor, "B M"]
     """The links' weights; 0 pads."""
     samples: Int[Tensor, " B"]
@@ -234,6 +234,7 @@ class PairDataset(Dataset[_Pair]):
         num_images: int,
         seed: int,
     ) -> None:
+        self.max_links = max(len(ids) for ids in reader.product_ids)
         self._reader = reader
         self._numbers = numbers
         self._preprocess = preprocess
@@ -289,11 +290,12 @@ class PairDataset(Dataset[_Pair]):
 class _CollatePairs:
     tokenizer: Tokenizer
     size: int
+    max_links: int
+    """Every batch is padded to this width, so that ranks can gather links as they are."""
 
     def __call__(self, pairs: list[_Pair]) -> PairBatch:
-        longest = max(len(pair.links) for pair in pairs)
-        links = torch.full((len(pairs), longest), -1)
-        weights = torch.zeros(len(pairs), longest)
+        links = torch.full((len(pairs), self.max_links), -1)
+        weights = torch.zeros(len(pairs), self.max_links)
         for row, pair in enumerate(pairs):
             links[row, : len(pair.links)] = torch.tensor(pair.links)
             weights[row, : len(pair.weights)] = torch.tensor(pair.weights)
@@ -325,7 +327,7 @@ def pair_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-        collate_fn=_CollatePairs(tokenizer, size),
+        collate_fn=_CollatePairs(tokenizer, size, dataset.max_links),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,

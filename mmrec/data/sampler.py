@@ -8,6 +8,7 @@ number of ranks or of loader workers sees the same batches, and a resume is two 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy as np
 from jaxtyping import Int
@@ -46,7 +47,7 @@ class GlobalBatches:
     numbers, and `weights` the weights of those links; a sample with several links is represented in
     an epoch by one of them, drawn by weight.
 
-    Raises `UserError` when no full batch can be dealt.
+    Raises `UserError` when no full batch can be dealt, or a setting is out of its range.
     """
 
     def __init__(
@@ -63,6 +64,12 @@ class GlobalBatches:
         # Only contents with several links need a draw; most have one.
         self._several = {i: np.cumsum(w) / np.sum(w) for i, w in enumerate(weights) if len(w) > 1}
         num_samples, batch_size = len(products), config.batch_size
+        for name, least in (("batch_size", 1), ("window_shards", 1), ("seed", 0)):
+            if getattr(config, name) < least:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--sampler.{flag} {getattr(config, name)}: expected at least {least}"
+                )
         if num_samples < batch_size:
             raise UserError(
                 f"a batch of {batch_size} rows needs as many samples, found {num_samples}; "
@@ -103,6 +110,7 @@ class GlobalBatches:
     def _deal(self, rows: list[Row], limit: int) -> list[list[Row]]:
         """Fill batches in order; a row whose product is full waits for the next batch."""
         stream, waiting = deque(rows), deque[Row]()
+        again = cycle(rows)
         batches = []
         for _ in range(self.steps_per_epoch):
             batch: list[Row] = []
@@ -118,11 +126,11 @@ class GlobalBatches:
                         still_waiting.append(row)
             waiting = still_waiting + waiting
             # Near the end only rows of over-full products wait: earlier rows are shown once more.
-            for row in rows:
-                if len(batch) == self.config.batch_size:
-                    break
+            for row in islice(again, len(rows) if len(batch) < self.config.batch_size else 0):
                 if row.sample not in chosen and used[self.product_of(row)] < limit:
                     self._add(row, batch, used, chosen)
+                if len(batch) == self.config.batch_size:
+                    break
             batches.append(batch)
         shortest = min(len(batch) for batch in batches)
         if (

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmrec.errors import UserError
+from mmrec.manifest import FILE_NAME, read_manifest
 
 Family = Literal["contents", "products"]
 Split = Literal["train", "val", "test", "catalog"]
@@ -259,7 +260,16 @@ def open_shards(folder: Path | str, family: Family, split: Split) -> ShardReader
         kinds = {tar.name.rsplit("-", 1)[0] for tar in (folder / family).glob("*.tar")}
         found = ", ".join(sorted(kinds)) or "none"
         raise UserError(f"{folder}: no {family} shards of split '{split}'; found {found}")
-    return ShardReader(tars, family)
+    reader = ShardReader(tars, family)
+    if (folder / FILE_NAME).is_file():
+        details = read_manifest(folder, "shards").details
+        samples = details["catalog"] if split == "catalog" else details["splits"][split]["contents"]
+        if len(reader) != samples:
+            raise UserError(
+                f"{folder}: the manifest counts {samples} samples of split '{split}', and the shards "
+                f"that are there hold {len(reader)}; make the shards anew with data_prep/make_shards.py"
+            )
+    return reader
 
 
 def _read_index(tar: Path) -> pa.Table:

@@ -163,7 +163,7 @@ def _read_file(path: Path) -> pa.Table:
             return pq.read_table(path)
         if path.suffix == ".csv":
             # Ids such as 00123 must not become numbers, so the known columns are read as text.
-            known = {column: pa.string() for columns in _KNOWN.values() for column in columns}
+            known = dict.fromkeys(_KNOWN[path.stem], pa.string())
             return pyarrow.csv.read_csv(
                 path,
                 parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
@@ -186,20 +186,33 @@ def _check_columns(path: Path, name: str, table: pa.Table) -> None:
     missing = [column for column in _REQUIRED[name] if column not in found]
     if name == "contents" and not {"video", "images"} & set(found):
         missing.append("video' or 'images")
-    if not missing:
-        return
     others = [column for column in found if column not in _KNOWN[name]]
-    close = _closest(missing[0].split("'")[0], others)
-    hint = f"; rename '{close}'?" if close else ""
-    listed = ", ".join(found) or "none"
-    raise UserError(f"{path}: missing column '{missing[0]}'; found {listed}{hint}")
+    if missing:
+        close = _closest(missing[0].split("'")[0], others, cutoff=0.7)
+        hint = f"; rename '{close}'?" if close else ""
+        listed = ", ".join(found) or "none"
+        raise UserError(f"{path}: missing column '{missing[0]}'; found {listed}{hint}")
+    # An optional column is silently missed when its name is off by a letter: `Split`, `weights`.
+    for column in _KNOWN[name]:
+        close = None if column in found else _closest(column, others, cutoff=0.8)
+        if close:
+            raise UserError(
+                f"{path}: column '{close}' reads like a misspelt '{column}'; rename it to that, or to "
+                "something less like it"
+            )
+    twice = next((column for column in found if found.count(column) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: has {found.count(twice)} columns called '{twice}'")
+    for column in found:
+        if pa.types.is_binary(table.schema.field(column).type):
+            raise UserError(f"{path}: column '{column}' holds bytes that are not UTF-8 text")
 
 
-def _closest(wanted: str, columns: list[str]) -> str | None:
+def _closest(wanted: str, columns: list[str], *, cutoff: float) -> str | None:
     from difflib import get_close_matches
 
     plain = {column.lower().replace("_", "").replace(" ", ""): column for column in columns}
-    close = get_close_matches(wanted.replace("_", ""), plain, n=1, cutoff=0.7)
+    close = get_close_matches(wanted.replace("_", ""), plain, n=1, cutoff=cutoff)
     return plain[close[0]] if close else None
 
 
@@ -233,6 +246,8 @@ def _as_lists(path: Path, table: pa.Table, name: str) -> pa.Array | pa.ChunkedAr
     if name not in table.column_names or pa.types.is_null(table[name].type):
         return pa.array([[]] * len(table), list_type)
     column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         cells = [_split_list(path, row, cell) for row, cell in enumerate(column.to_pylist())]
         return pa.array(cells, list_type)
@@ -252,7 +267,8 @@ def _as_lists(path: Path, table: pa.Table, name: str) -> pa.Array | pa.ChunkedAr
 def _split_list(path: Path, row: int, cell: str | None) -> list[str]:
     if not cell:
         return []
-    if not cell.startswith("["):
+    is_json = cell.startswith('["') or (cell.startswith("[") and cell.endswith("]"))
+    if not is_json:
         return [part.strip() for part in cell.split("|") if part.strip()]
     try:
         return [str(part) for part in json.loads(cell) if part]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mmrec.data.batches import ItemBatch, PairBatch, Tokenizer
+from mmrec.data.batches import ItemBatch, PairBatch, Preprocess, Tokenizer
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
@@ -53,6 +53,8 @@ class EncoderConfig:
     """An open_clip architecture, mmrec-tiny, mmrec-small, or the path of a model config in JSON."""
     pretrained: str = ""
     """A tag of that architecture (fetched by open_clip) or a local file of weights; empty for random ones."""
+    pixels_of: str = ""
+    """A tag of that architecture whose mean, std and resizing go with a local file of weights."""
     image_size: int | None = None
     """Side of the image tower's input in pixels; None keeps the architecture's own."""
     separate_towers: bool = False
@@ -73,18 +75,28 @@ class Encoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, config: EncoderConfig, *, model_config: Mapping[str, Any] | None = None
+        self,
+        config: EncoderConfig,
+        *,
+        model_config: Mapping[str, Any] | None = None,
+        pixels: Mapping[str, Any] | None = None,
     ) -> None:
+        """Build the towers. `model_config` and `pixels` are a saved encoder's, and replace the name's."""
         super().__init__()
         towers = build_towers(
             config.towers,
             pretrained=config.pretrained if model_config is None else "",
+            pixels_of=config.pixels_of,
             image_size=config.image_size,
             model_config=model_config,
         )
         self.config = config
         self.model_config = towers.model_config
-        self.preprocess = towers.preprocess
+        # A pretrained tag decides how pictures are prepared, so that is saved beside the weights.
+        self.pixels = dict(pixels) if pixels else towers.pixels
+        self.preprocess = Preprocess(
+            **{k: self.pixels[k] for k in ("size", "interpolation", "resize")}
+        )
         self.width = towers.width
         self.image_tower = towers.image
         self.text_tower = towers.text
@@ -93,9 +105,11 @@ class Encoder(nn.Module):
         self.gates = nn.ModuleDict({side: GatedSum(self.width) for side in ("content", "product")})
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.start_scale)))
         self.register_buffer(
-            "mean", torch.tensor(towers.mean).view(3, 1, 1) * 255, persistent=False
+            "mean", torch.tensor(self.pixels["mean"]).view(3, 1, 1) * 255, persistent=False
         )
-        self.register_buffer("std", torch.tensor(towers.std).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer(
+            "std", torch.tensor(self.pixels["std"]).view(3, 1, 1) * 255, persistent=False
+        )
         self.fingerprint: str | None = None
         """Set by `save` and `load`; None for an encoder that is not on disk."""
         self._tokenizer: Tokenizer | None = None
@@ -180,9 +194,11 @@ class Encoder(nn.Module):
         }
 
     def _run_one(self, tower: nn.Module | None, rows: Tensor) -> Float[Tensor, "_N D"]:
-        if tower is None or not len(rows):
-            return torch.zeros(0, self.width, device=self.device)
-        return tower(rows)
+        assert tower is not None
+        if len(rows):
+            return tower(rows)
+        # Part of the graph all the same: a rank without titles must still join in gathering gradients.
+        return torch.zeros(0, self.width, device=self.device) + 0 * next(tower.parameters()).sum()
 
     @torch.inference_mode()
     def embed(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
@@ -213,17 +229,20 @@ class Encoder(nn.Module):
 
         Raises `UserError` when the folder is there already and `overwrite` is false.
         """
-        with new_folder(folder, overwrite=overwrite) as temporary:
-            config = {"encoder": asdict(self.config), "towers": self.model_config}
+        with new_folder(folder, kind="encoder", overwrite=overwrite) as temporary:
+            config = {
+                "encoder": asdict(self.config),
+                "towers": self.model_config,
+                "pixels": self.pixels,
+            }
             text = json.dumps(config, indent=2)
             (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
             weights = {
                 name: part.detach().cpu().contiguous() for name, part in self.state_dict().items()
             }
             save_file(weights, temporary / "model.safetensors")
-            self.fingerprint = fingerprint_of(
-                {"config": text, "weights": hash_file(temporary / "model.safetensors")}
-            )
+            digest = hash_file(temporary / "model.safetensors")
+            self.fingerprint = _fingerprint(config, digest)
             write_manifest(
                 temporary,
                 Manifest(
@@ -248,13 +267,21 @@ class Encoder(nn.Module):
         try:
             text = (folder / "config.json").read_text(encoding="utf-8")
             config = json.loads(text)
+            digest = hash_file(folder / "model.safetensors")
+            changed = _fingerprint(config, digest) != manifest.fingerprint
             weights = load_file(folder / "model.safetensors", device="cpu")
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder}: the encoder cannot be read: {error}") from None
+        if changed:
+            raise UserError(
+                f"{folder}: config or weights are not those that the manifest names "
+                f"({manifest.fingerprint}); export the encoder again"
+            )
         known = {field.name for field in fields(EncoderConfig)}
         encoder = cls(
             EncoderConfig(**{k: v for k, v in config["encoder"].items() if k in known}),
             model_config=config["towers"],
+            pixels=config["pixels"],
         )
         try:
             encoder.load_state_dict(weights)
@@ -264,6 +291,14 @@ class Encoder(nn.Module):
             ) from None
         encoder.fingerprint = manifest.fingerprint
         return encoder.eval().to(device)
+
+
+def _fingerprint(config: Mapping[str, Any], weights: str) -> str:
+    """Of what decides an encoder's output: not of where its towers' config and weights came from."""
+    own = {k: v for k, v in config["encoder"].items() if k not in ("towers", "pretrained")}
+    parts = {"encoder": own, "towers": config["towers"], "pixels": config["pixels"]}
+    text = json.dumps(parts, sort_keys=True)
+    return fingerprint_of({"config": text, "weights": weights})
 
 
 def _scatter(rows: Float[Tensor, "_N D"], mask: Bool[Tensor, "*rest"]) -> Float[Tensor, "*rest D"]:

@@ -93,14 +93,15 @@ def edge_loss(
 
     `rows` and `columns` are this rank's; the others' are gathered with gradients. A row or column
     whose mask is false takes no part. The value is this rank's share, scaled so that the mean over
-    ranks, which is what DDP takes of gradients, is the loss of the global batch.
+    ranks, which is what DDP takes of gradients, is the loss of the global batch. Every rank brings as
+    many rows, and links as wide.
     """
     all_rows = distributed.gather_with_gradient(rows)
     all_columns = distributed.gather_with_gradient(columns)
     all_row_mask = distributed.gather(row_mask)
     all_column_mask = distributed.gather(column_mask)
-    all_links = distributed.gather(_pad_links(links, -1))
-    all_weights = distributed.gather(_pad_links(weights, 0))
+    all_links = distributed.gather(links)
+    all_weights = distributed.gather(weights)
     all_products = distributed.gather(products)
     forward = link_mass(links, weights, all_products)  # (B, C)
     backward = link_mass(all_links, all_weights, products).T  # (B, C)
@@ -148,11 +149,3 @@ def active(objectives: Objectives) -> Mapping[str, float]:
     """The edges that weigh something."""
     weights = {field.name: getattr(objectives, field.name) for field in fields(objectives)}
     return {name: weight for name, weight in weights.items() if weight}
-
-
-def _pad_links(links: Tensor, value: int) -> Tensor:
-    """Give every rank's links the same number of columns, as gathering needs."""
-    if distributed.world_size() == 1:
-        return links
-    longest = max(distributed.gather_objects(links.shape[1]))
-    return torch.nn.functional.pad(links, (0, longest - links.shape[1]), value=value)

@@ -21,7 +21,7 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-from mmrec.data.batches import Preprocess, Tokenizer
+from mmrec.data.batches import Tokenizer
 from mmrec.errors import UserError
 from mmrec.manifest import fingerprint_of
 
@@ -38,10 +38,8 @@ class Towers:
     """(B, L) tokens -> (B, D)"""
     width: int
     """D: the width of both outputs."""
-    preprocess: Preprocess
-    mean: tuple[float, ...]
-    """Per channel, for pixels in 0..1."""
-    std: tuple[float, ...]
+    pixels: dict[str, Any]
+    """How pictures are prepared: size, interpolation, resize, and mean and std per channel in 0..1."""
     model_config: dict[str, Any]
     """The architecture in open_clip's format, complete: enough to build it again with no name."""
 
@@ -50,24 +48,27 @@ def build_towers(
     name: str,
     *,
     pretrained: str = "",
+    pixels_of: str = "",
     image_size: int | None = None,
     model_config: Mapping[str, Any] | None = None,
 ) -> Towers:
     """Build towers by an open_clip name, one of ours, or the path of a model config in JSON.
 
     `pretrained` is a tag that open_clip knows for that name, or a local file of weights; empty means
-    random weights. `model_config` stands in for the name's own, as a saved encoder's does.
+    random weights. A tag also says how pictures are prepared; `pixels_of` names one for a local file.
+    `model_config` stands in for the name's own, as a saved encoder's does.
 
     Raises `UserError` for an unknown name, an unknown tag, and weights that do not fit.
     """
     name = _register(name, model_config)
-    if pretrained and not Path(pretrained).is_file():
-        known = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained not in known:
-            raise UserError(
-                f"pretrained '{pretrained}' is neither a file nor a tag of {name}; "
-                f"its tags: {', '.join(known) or 'none'}"
-            )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    listed = f"its tags: {', '.join(tags) or 'none'}"
+    if pretrained and not Path(pretrained).is_file() and pretrained not in tags:
+        raise UserError(
+            f"pretrained '{pretrained}' is neither a file nor a tag of {name}; {listed}"
+        )
+    if pixels_of and pixels_of not in tags:
+        raise UserError(f"pixels-of '{pixels_of}' is not a tag of {name}; {listed}")
     try:
         # Text and image parts in modules of their own, whatever layout the architecture is written in.
         with _quiet_about_random_weights():
@@ -78,7 +79,7 @@ def build_towers(
                 force_image_size=image_size,
                 pretrained_text=False,
             )
-    except (RuntimeError, AssertionError, KeyError) as error:
+    except Exception as error:  # a file that holds something else raises whatever its reader met
         if not pretrained:
             raise
         reason = " ".join(str(error).split())
@@ -87,19 +88,24 @@ def build_towers(
     if config is None:
         raise UserError(f"towers '{name}': open_clip has no model config for it")
     pixels: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
+    if pixels_of:
+        told = open_clip.get_pretrained_cfg(name, pixels_of)
+        pixels |= {
+            key: told[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in told
+        }
     size = pixels["size"]
     return Towers(
         # Convolutions in channels-last order run up to twice as fast, on CPUs and GPUs alike.
         image=model.visual.to(memory_format=torch.channels_last),
         text=model.text,
         width=config["embed_dim"],
-        preprocess=Preprocess(
-            size=size if isinstance(size, int) else size[0],
-            interpolation=pixels.get("interpolation", "bicubic"),
-            resize="squash" if pixels.get("resize_mode") == "squash" else "shortest",
-        ),
-        mean=tuple(pixels["mean"]),
-        std=tuple(pixels["std"]),
+        pixels={
+            "size": size if isinstance(size, int) else size[0],
+            "interpolation": pixels.get("interpolation", "bicubic"),
+            "resize": "squash" if pixels.get("resize_mode") == "squash" else "shortest",
+            "mean": list(pixels["mean"]),
+            "std": list(pixels["std"]),
+        },
         model_config=config,
     )
 

@@ -9,6 +9,7 @@ Shape letters: N rows, D embedding width.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,9 +131,12 @@ def embed_shards(
     Raises `UserError` when the encoder or the split is missing, `out` is there already, or an item
     has neither a picture nor a title.
     """
+    if batch_size < 1 or num_workers < 0:
+        raise UserError("expected --batch-size of at least 1 and --num-workers of at least 0")
     encoder = Encoder.load(encoder_folder, device=pick_device(device))
     reader = open_split(shards, split)
-    with new_folder(out, overwrite=overwrite) as folder:
+    inputs = (encoder_folder, shards)
+    with new_folder(out, kind="embeddings", overwrite=overwrite, inputs=inputs) as folder:
         (folder / "emb").mkdir()
         (folder / "metadata").mkdir()
         vectors = embed_rows(
@@ -152,7 +156,6 @@ def embed_shards(
                 _metadata(reader, rows), folder / "metadata" / f"metadata_{number:06d}.parquet"
             )
             start += size
-        files = {p.name: hash_file(p) for p in (*folder.glob("emb/*"), *folder.glob("metadata/*"))}
         config = {"split": split, "dtype": dtype, "num_frames": encoder.config.num_frames}
         write_manifest(
             folder,
@@ -164,7 +167,7 @@ def embed_shards(
                     parent_of(out, encoder_folder, "encoder"),
                     parent_of(out, shards, "shards"),
                 ],
-                fingerprint=fingerprint_of(files),
+                fingerprint=_fingerprint(folder),
                 details={
                     "width": encoder.width,
                     "family": reader.family,
@@ -178,7 +181,7 @@ def embed_shards(
 def read_embeddings(folder: Path | str) -> Embeddings:
     """Read a folder of embeddings into memory.
 
-    Raises `UserError` when parts are missing, broken, or of other lengths than their metadata.
+    Raises `UserError` when parts are missing, broken, or not those that the manifest names.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, "embeddings")
@@ -187,6 +190,8 @@ def read_embeddings(folder: Path | str) -> Embeddings:
         raise UserError(
             f"{folder}: expected {manifest.details['parts']} parts, found {len(paths)}; embed again"
         )
+    if _fingerprint(folder) != manifest.fingerprint:
+        raise UserError(f"{folder}: its parts are not those that were written; embed again")
     vectors, tables = [], []
     for path in paths:
         try:
@@ -222,11 +227,18 @@ def pick_device(device: str) -> str:
 
     Raises `UserError` when a GPU is asked for and there is none.
     """
+    if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: expected auto, cpu or cuda")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine; use --device cpu")
     return device
+
+
+def _fingerprint(folder: Path) -> str:
+    files = (*folder.glob("emb/*"), *folder.glob("metadata/*"))
+    return fingerprint_of({path.name: hash_file(path) for path in files})
 
 
 def _check_lengths(vectors: Float[np.ndarray, "N D"], reader: ShardReader) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float32
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ import mmrec
 from mmrec.data.media import decode_jpeg
 from mmrec.data.shards import ShardReader, image_name, open_shards
 from mmrec.errors import UserError
-from mmrec.manifest import FILE_NAME, read_manifest
+from mmrec.manifest import FILE_NAME, read_manifest, write_whole
 from mmrec.model.encoder import Encoder
 from mmrec.retrieval.baselines import (
     color_histogram,
@@ -41,6 +42,7 @@ from mmrec.retrieval.metrics import (
     summarise,
 )
 from mmrec.retrieval.report import Curve, MatchedProduct, QueryCard, draw_picture, render_report
+from mmrec.training.run import read_metrics
 
 Slices = dict[str, Bool[np.ndarray, " Q"]]
 
@@ -85,14 +87,15 @@ def evaluate(
     untrained: bool = True,
     baselines: bool = True,
     num_cards: int = 12,
+    seed: int = 0,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> tuple[dict[str, Any], list[QueryCard]]:
     """Measure an encoder on a split: the contents of `metrics.json`, and cards for a gallery.
 
-    Beside the usual keys, "modalities" holds the same slices with only the pictures or only the title
-    of each content, and "timing" the seconds taken. `untrained` adds a baseline: the same encoder with
-    the weights that its training started from.
+    `untrained` adds a baseline: the same encoder with the weights that a training with `seed` starts
+    from. Beside the usual keys, "modalities" holds the same slices with only the pictures or only the title
+    of each content, and "timing" the seconds taken.
     """
     started = time.perf_counter()
     gallery = Gallery.open(shards, split)
@@ -100,7 +103,7 @@ def evaluate(
     slices = query_slices(gallery, train_links)
     systems = {"trained": encoder}
     if untrained:
-        systems["untrained"] = Encoder(encoder.config).to(encoder.device)
+        systems["untrained"] = _untrained(encoder, seed)
     queries, products = {}, {}
     for name, system in systems.items():
         sizes = {"batch_size": batch_size, "num_workers": num_workers}
@@ -159,8 +162,16 @@ def evaluate_to_folder(
     The report shows the curves of the run that the encoder lies in. Raises `UserError` when the encoder
     was trained on other shards, unless `other_shards` allows it.
     """
+    if num_cards < 1 or batch_size < 1 or num_workers < 0:
+        raise UserError(
+            "expected --num-cards and --batch-size of at least 1, --num-workers of 0 or more"
+        )
+    for folder in (out, *out.resolve().parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{out}: cannot be written, since {folder} is a file")
     if not other_shards:
         check_same_shards(encoder_folder, shards)
+    run = encoder_folder.parent
     encoder = Encoder.load(encoder_folder, device=pick_device(device))
     metrics, cards = evaluate(
         encoder,
@@ -169,13 +180,14 @@ def evaluate_to_folder(
         untrained=untrained,
         baselines=baselines,
         num_cards=num_cards,
+        seed=_seed_of(run),
         batch_size=batch_size,
         num_workers=num_workers,
     )
     metrics["encoder"] = encoder.fingerprint
     metrics["shards"] = read_manifest(shards, "shards").fingerprint
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     table = format_table(metrics)
     facts = {
         "date": time.strftime("%Y-%m-%d"),
@@ -186,7 +198,6 @@ def evaluate_to_folder(
         "evaluation": f"{metrics['timing']['total_s']} s",
         "mmrec": mmrec.__version__,
     }
-    run = encoder_folder.parent
     if (run / FILE_NAME).is_file():
         facts["training"] = f"{read_manifest(run).details.get('minutes')} minutes"
     page = render_report(
@@ -196,7 +207,7 @@ def evaluate_to_folder(
         curves=read_curves(run),
         cards=cards,
     )
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_whole(out / "report.html", page)
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw_picture(cards[:: max(1, len(cards) // 6)][:6], picture)
@@ -205,12 +216,8 @@ def evaluate_to_folder(
 
 def read_curves(run: Path) -> list[Curve]:
     """A run's curves worth looking at: the loss, val metrics, learning rate and scale."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
     points: dict[str, tuple[list[int], list[float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_metrics(run):
         for name in ("loss", "val/R@1", "val/R@5", "val/MRR", "lr", "scale"):
             if name in row:
                 steps, values = points.setdefault(name, ([], []))
@@ -299,6 +306,29 @@ def check_same_shards(encoder: Path, shards: Path) -> None:
             f"{encoder}: was trained on shards {parent.fingerprint}, and {shards} is {found}, whose test "
             f"split may hold contents that it has seen; --other-shards evaluates all the same"
         )
+
+
+def _untrained(encoder: Encoder, seed: int) -> Encoder:
+    """The encoder that a training starts from: pretrained weights, and what the seed draws."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if encoder.config.pretrained:
+                return Encoder(encoder.config).to(encoder.device)
+            start = Encoder(
+                encoder.config, model_config=encoder.model_config, pixels=encoder.pixels
+            )
+            return start.to(encoder.device)
+    except UserError as error:
+        raise UserError(f"{error}; --no-untrained evaluates without that baseline") from None
+
+
+def _seed_of(run: Path) -> int:
+    """The seed that a run's config names; 0 for an encoder that lies elsewhere."""
+    try:
+        return int(json.loads((run / "config.json").read_text(encoding="utf-8"))["seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _matched(catalog: ShardReader, row: int, score: float, right: bool) -> MatchedProduct:

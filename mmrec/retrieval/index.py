@@ -167,7 +167,7 @@ class ProductIndex:
         `details` go into the manifest, for what was measured of this index. Raises `UserError` when
         `out` is there already and is not to be overwritten.
         """
-        with new_folder(out, overwrite=overwrite) as folder:
+        with new_folder(out, kind="index", overwrite=overwrite) as folder:
             generation = folder / "generations" / FIRST_GENERATION
             generation.mkdir(parents=True)
             with self._lock:

@@ -79,12 +79,11 @@ class Matches(Sequence[Match]):
         """A row a match: product_id, score, title, and a column an attribute."""
         import pandas
 
-        return pandas.DataFrame(
-            [
-                {"product_id": m.product_id, "score": m.score, "title": m.title, **m.attributes}
-                for m in self.matches
-            ]
-        )
+        rows = []
+        for match in self.matches:
+            own = {"product_id": match.product_id, "score": match.score, "title": match.title}
+            rows.append(own | match.attributes | own)  # An attribute called score stays behind.
+        return pandas.DataFrame(rows)
 
     def _repr_html_(self) -> str:
         query = "".join(_picture(frame, "query frame") for frame in self.frames[:6])
@@ -136,29 +135,30 @@ class Matcher:
         opened = ProductIndex.load(folder, device=device)
         if encoder is None:
             encoder = _find_encoder(folder)
-        shards = find_parent(folder, "shards")
         return cls(
             Encoder.load(encoder, device=pick_device(device)),
             opened,
-            catalog=open_split(shards, "catalog") if shards else None,
+            catalog=_open_catalog(find_parent(folder, "shards")),
         )
 
     def match(
         self,
         *,
         video: Source | None = None,
-        images: Sequence[Source] = (),
+        images: Sequence[Source] | Source = (),
         title: str | None = None,
         text: str | None = None,
         k: int = 10,
     ) -> Matches:
         """The k products nearest to a content: a video, or pictures, with or without words, or words alone.
 
-        `video` and `images` are paths, URLs or bytes. `title` and `text` are two names for the words:
-        a content's title, or a query typed by a person.
+        `video` and `images` (one or several) are paths, URLs or bytes. `title` and `text` are two names
+        for the words: a content's title, or a query typed by a person.
 
         Raises `UserError` when nothing is given, both words are, or a file cannot be read.
         """
+        if isinstance(images, str | Path | bytes):
+            images = [images]
         if video is not None and images:
             raise UserError("give a video or images, not both")
         if title and text:
@@ -269,6 +269,14 @@ def _attributes(metadata: pa.Table) -> pa.Table:
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _open_catalog(shards: Path | None) -> ShardReader | None:
+    """The catalogue's shards for their pictures; matches do without where they are gone."""
+    try:
+        return open_split(shards, "catalog") if shards else None
+    except UserError:
+        return None
 
 
 def _find_encoder(index: Path) -> Path:

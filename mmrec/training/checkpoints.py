@@ -24,8 +24,14 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     """The next global batch of that epoch."""
-    best: float = float("-inf")
+    best: float | None = None
     """The best value of the metric that picks the exported encoder."""
+    best_step: int = 0
+    """The step of that encoder."""
+    seconds: float = 0.0
+    """Time spent so far, over all resumes."""
+    shards: str = ""
+    """Fingerprint of the shards that the run reads."""
 
 
 def save_checkpoint(accelerator: Accelerator, run: Path, progress: Progress, *, keep: int) -> Path:

@@ -79,7 +79,10 @@ def _from_dict(kind: Any, raw: Any, path: Path) -> Any:
     unknown = set(raw) - {field.name for field in fields(kind)}
     if unknown:
         raise UserError(f"{path}: {kind.__name__} has no field '{min(unknown)}'")
-    return kind(**{name: _value(hints[name], value, path) for name, value in raw.items()})
+    try:
+        return kind(**{name: _value(hints[name], value, path) for name, value in raw.items()})
+    except TypeError as error:
+        raise UserError(f"{path}: not a whole {kind.__name__}: {error}") from None
 
 
 def _value(hint: Any, value: Any, path: Path) -> Any:

@@ -418,3 +418,57 @@ def test_missing_and_doubled_tables(tmp_path):
     write(tmp_path, "links", LINKS, ".csv")
     with pytest.raises(UserError, match=r"one links table, found links\.parquet and links\.csv"):
         read_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "meant"),
+    [
+        ("links", "Split", "split"),
+        ("links", "weights", "weight"),
+        ("products", "Title", "title"),
+        ("contents", "image", "images"),
+    ],
+)
+def test_an_optional_column_that_is_misspelt_is_not_silently_missed(tmp_path, table, column, meant):
+    rows: dict[str, Rows] = {"products": PRODUCTS, "contents": CONTENTS, "links": LINKS}
+    rows[table] = [
+        {(column if name == meant else name): value for name, value in row.items()}
+        for row in rows[table]
+    ]
+    with pytest.raises(UserError, match=f"column '{column}' reads like a misspelt '{meant}'"):
+        read_tables(write_all(tmp_path, **rows))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    write_all(
+        tmp_path, suffix=".csv", products=in_csv(PRODUCTS, "|"), contents=in_csv(CONTENTS, "|")
+    )
+    path = tmp_path / "links.csv"
+    path.write_text("content_id,product_id,weight,weight\nc1,p1,1,2\n")
+    with pytest.raises(UserError, match=r"links\.csv: has 2 columns called 'weight'"):
+        read_tables(tmp_path)
+
+
+def test_an_attribute_may_share_a_name_with_another_tables_column(tmp_path):
+    products = [row | {"weight": 1.5} for row in in_csv(PRODUCTS, "|")]
+    write_all(tmp_path, suffix=".csv", products=products, contents=in_csv(CONTENTS, "|"))
+    assert read_tables(tmp_path).products["weight"].to_pylist() == [1.5, 1.5]
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path):
+    write_all(
+        tmp_path, suffix=".csv", products=in_csv(PRODUCTS, "|"), contents=in_csv(CONTENTS, "|")
+    )
+    path = tmp_path / "products.csv"
+    path.write_bytes(
+        "product_id,title,images,brand\np1,a,a.jpg,Café\np2,b,b.jpg,x\n".encode("latin-1")
+    )
+    with pytest.raises(UserError, match="column 'brand' holds bytes that are not UTF-8"):
+        read_tables(tmp_path)
+
+
+def test_a_path_may_start_with_a_bracket(tmp_path):
+    products = in_csv(PRODUCTS, "|")
+    products[0]["images"] = "[new] mug.jpg"
+    write_all(tmp_path, suffix=".csv", products=products, contents=in_csv(CONTENTS, "|"))
+    assert read_tables(tmp_path).products["images"][0].as_py() == ["[new] mug.jpg"]

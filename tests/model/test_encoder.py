@@ -122,6 +122,61 @@ def test_save_and_load_give_the_same_encoder(encoder: Encoder, tmp_path: Path) -
         encoder.save(tmp_path / "encoder")
 
 
+def test_a_tags_way_with_pixels_is_saved(encoder: Encoder, tmp_path: Path) -> None:
+    """A pretrained tag sets mean, std and resize; the name alone would give CLIP's."""
+    pixels = {
+        "size": 32,
+        "interpolation": "bilinear",
+        "resize": "squash",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.2, 0.1],
+    }
+    tagged = Encoder(encoder.config, pixels=pixels).eval()
+    tagged.save(tmp_path / "encoder")
+    again = Encoder.load(tmp_path / "encoder")
+    assert (
+        again.preprocess
+        == tagged.preprocess
+        == Preprocess(size=32, interpolation="bilinear", resize="squash")
+    )
+    assert torch.equal(again.mean, tagged.mean)
+    assert torch.equal(again.std, tagged.std)
+    assert not torch.equal(again.mean, encoder.mean)
+
+
+def test_a_fingerprint_does_not_depend_on_where_weights_came_from(
+    vit_config: Path, tmp_path: Path
+) -> None:
+    save_open_clip_weights(vit_config, tmp_path / "one.safetensors")
+    (tmp_path / "two.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
+    fingerprints = [
+        Encoder(
+            EncoderConfig(towers=str(vit_config), pretrained=str(tmp_path / f"{name}.safetensors"))
+        ).save(tmp_path / name)
+        for name in ("one", "two")
+    ]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_weights_that_were_exchanged_are_refused(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save(tmp_path / "one")
+    other = Encoder(encoder.config)
+    other.save(tmp_path / "two")
+    (tmp_path / "one/model.safetensors").write_bytes(
+        (tmp_path / "two/model.safetensors").read_bytes()
+    )
+    with pytest.raises(UserError, match="not those that the manifest names"):
+        Encoder.load(tmp_path / "one")
+
+
+def test_nothing_of_a_modality_still_has_a_gradient(encoder: Encoder) -> None:
+    """Gathering gradients over ranks needs every rank to join in, whatever its rows hold."""
+    views = encoder.views(items(encoder, [1, 1], [None, None]), "content")
+    assert views["content_title"][0].requires_grad
+    views = encoder.views(items(encoder, [0, 0], ["a", "b"]), "content")
+    assert views["video"][0].requires_grad
+
+
 def test_a_broken_encoder_is_named(encoder: Encoder, tmp_path: Path) -> None:
     encoder.save(tmp_path / "encoder")
     weights = tmp_path / "encoder/model.safetensors"
@@ -147,7 +202,7 @@ def test_separate_towers_start_equal_and_are_their_own() -> None:
 def test_scale_is_capped() -> None:
     encoder = Encoder(EncoderConfig(towers="mmrec-tiny", start_scale=500.0))
     encoder.cap_scale()
-    assert float(encoder.scale) == pytest.approx(100, rel=1e-5)
+    assert float(encoder.scale.detach()) == pytest.approx(100, rel=1e-5)
 
 
 # --- open_clip's own towers --------------------------------------------------------------------
@@ -197,15 +252,26 @@ def test_pictures_reach_the_tower_as_open_clip_prepares_them(vit_config: Path) -
 def test_any_open_clip_architecture_builds(name: str) -> None:
     towers = build_towers(name)
     assert towers.width == towers.model_config["embed_dim"]
-    assert towers.preprocess.size == 224
+    assert towers.pixels["size"] == 224
+
+
+def test_a_local_file_can_be_read_as_a_tags_weights(tmp_path: Path) -> None:
+    towers = build_towers("ViT-B-16-SigLIP", pixels_of="webli")
+    assert towers.pixels["resize"] == "squash"
+    assert towers.pixels["mean"] == [0.5, 0.5, 0.5]
+    with pytest.raises(UserError, match=r"pixels-of 'nothing'.*its tags: .*laion2b"):
+        build_towers("ViT-B-32", pixels_of="nothing")
 
 
 def test_siglip_squashes_and_clip_crops() -> None:
     picture = torch.zeros(3, 40, 80, dtype=torch.uint8)
     picture[:, :, 40:] = 255
+    picture[:, :, :12] = 128
     squashed = Preprocess(size=20, resize="squash")(picture)
     cropped = Preprocess(size=20)(picture)
     assert squashed.shape == cropped.shape == (3, 20, 20)
+    assert squashed[0, 10, 0] == 128  # The left edge is still there,
+    assert cropped[0, 10, 0] == 0  # and here it is cut off.
 
 
 @pytest.mark.parametrize(
