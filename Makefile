@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	@$(BIN)/mmrec index build --embeddings $(DEMO)/embeddings --out $(DEMO)/index --overwrite
 	@echo "a video that training never saw, and what it matches:"
 	@$(BIN)/mmrec search --index $(DEMO)/index --video $(UNSEEN) --k 5
-	@$(BIN)/mmrec evaluate --encoder $(DEMO)/train/encoder --shards $(DEMO)/shards --out $(DEMO)
+	@$(BIN)/mmrec evaluate --encoder $(DEMO)/train/encoder --shards $(DEMO)/shards --out $(DEMO) --picture $(DEMO)/matches.png
 
 test: $(INSTALLED)
 	@$(BIN)/pytest

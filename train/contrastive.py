@@ -120,7 +120,7 @@ RECIPES: dict[str, TrainConfig] = {
         encoder=EncoderConfig(towers="mmrec-tiny", num_frames=6),
         sampler=SamplerConfig(batch_size=64),
         augment=AugmentConfig(min_scale=0.85, flip=0.0, color=0.0, modality_dropout=0.25),
-        # Without the second edge the product's title does the work, and the image tower learns little.
+        # The second edge makes pictures meet without help from the product's title.
         objectives=Objectives(video_image=1.0),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         epochs=16,
