@@ -123,7 +123,7 @@ RECIPES: dict[str, TrainConfig] = {
         # The second edge makes pictures meet without help from the product's title.
         objectives=Objectives(video_image=1.0),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        epochs=16,
+        epochs=13,
         num_frames=2,
         num_workers=1,
         eval_every=51,
@@ -149,7 +149,7 @@ RECIPES: dict[str, TrainConfig] = {
         sampler=SamplerConfig(batch_size=64),
         augment=AugmentConfig(min_scale=0.35, flip=0.5, color=0.15),
         optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1),
-        epochs=100,
+        epochs=40,
         num_frames=2,
         num_workers=1,
         eval_every=55,
