@@ -123,7 +123,7 @@ RECIPES: dict[str, TrainConfig] = {
         # The second edge makes pictures meet without help from the product's title.
         objectives=Objectives(video_image=1.0),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        epochs=13,
+        epochs=11,
         num_frames=2,
         num_workers=1,
         eval_every=51,
