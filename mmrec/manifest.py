@@ -195,6 +195,13 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_no_file(path: Path) -> None:
+    """Refuse an output folder whose place, or a place above it, is taken by a file."""
+    for folder in (path, *path.resolve().parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{path}: cannot be written, since {folder} is a file")
+
+
 def check_output(
     path: Path, *, kind: str, overwrite: bool, inputs: Iterable[Path | str] = ()
 ) -> None:
@@ -205,9 +212,7 @@ def check_output(
     is refused in any case.
     """
     whole = path.resolve()
-    for folder in (path, *whole.parents):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{path}: cannot be written, since {folder} is a file")
+    check_no_file(path)
     for given in inputs:
         if Path(given).resolve().is_relative_to(whole):
             raise UserError(f"{path}: holds the input {given}; give another --out")

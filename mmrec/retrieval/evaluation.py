@@ -22,7 +22,7 @@ import mmrec
 from mmrec.data.media import decode_jpeg
 from mmrec.data.shards import ShardReader, image_name, open_shards
 from mmrec.errors import UserError
-from mmrec.manifest import FILE_NAME, read_manifest, write_whole
+from mmrec.manifest import FILE_NAME, check_no_file, read_manifest, write_whole
 from mmrec.model.encoder import Encoder
 from mmrec.retrieval.baselines import (
     color_histogram,
@@ -127,7 +127,7 @@ def evaluate(
         intervals=bootstrap_intervals(values, slices),
         baselines=summaries,
     )
-    if any(gallery.contents.meta(row)["title"] for row in range(len(gallery.contents))):
+    if queries["trained"]["content_title"].any():  # Rows without a title are zero.
         metrics["modalities"] = {
             "video alone": summarise(ranked("trained", "video"), slices),
             "title alone": summarise(ranked("trained", "content_title"), slices),
@@ -166,9 +166,7 @@ def evaluate_to_folder(
         raise UserError(
             "expected --num-cards and --batch-size of at least 1, --num-workers of 0 or more"
         )
-    for folder in (out, *out.resolve().parents):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{out}: cannot be written, since {folder} is a file")
+    check_no_file(out)
     if not other_shards:
         check_same_shards(encoder_folder, shards)
     run = encoder_folder.parent
