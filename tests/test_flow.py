@@ -278,6 +278,46 @@ def test_options_work_together(tiny_shards: Path, tmp_path: Path) -> None:
     assert Encoder.load(config.out / "encoder").product_image_tower is not None
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_training_on_distinct_products_and_small_pictures_first(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    program = load_program("train/contrastive.py")
+    recipe = program.RECIPES["demo"]
+    config = replace(
+        recipe,
+        shards=tiny_shards,
+        out=tmp_path / "run",
+        encoder=replace(recipe.encoder, image_size=48),
+        sampler=replace(recipe.sampler, batch_size=14, unique_products=True),
+        augment=replace(recipe.augment, early_size=32, early_epochs=1),
+        epochs=2,
+        num_workers=0,
+        log_every=1,
+    )
+    program.main(config)
+    steps = [row for row in read_metrics(config.out) if "loss" in row]
+    assert len(steps) == 2 * (28 // 14)
+    assert steps[-1]["content_product"] < steps[0]["content_product"]
+    assert Encoder.load(config.out / "encoder").preprocess.size == 48
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_tower_of_one_size_refuses_small_pictures(tiny_shards: Path, tmp_path: Path) -> None:
+    program = load_program("train/contrastive.py")
+    demo = program.RECIPES["demo"]
+    config = replace(
+        demo,
+        shards=tiny_shards,
+        out=tmp_path / "run",
+        encoder=replace(demo.encoder, towers="ViT-S-32-alt"),
+        sampler=replace(demo.sampler, batch_size=8),
+        augment=replace(demo.augment, early_size=64, early_epochs=1),
+    )
+    with pytest.raises(UserError, match="ViT-S-32-alt cannot take pictures of that size"):
+        program.main(config)
+
+
 def test_two_ranks_train_together(tiny_shards: Path, tmp_path: Path) -> None:
     flags = (
         "--encoder.image-size 32 --sampler.batch-size 8 --epochs 1 --num-workers 0 --log-every 1"
@@ -409,6 +449,7 @@ def test_outputs_do_not_swallow_inputs(tiny_tables: Path, tiny_shards: Path) -> 
         ({"encoder": {"num_frames": 0}}, r"--encoder\.num-frames 0"),
         ({"encoder": {"pretrained": "README.md"}}, "does not fit mmrec-tiny"),
         ({"sampler": {"window_shards": 0}}, r"--sampler\.window-shards 0"),
+        ({"augment": {"early_size": 8, "early_epochs": 1}}, "expected at least 16"),
     ],
 )
 @pytest.mark.usefixtures("fresh_accelerate")

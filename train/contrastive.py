@@ -18,6 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+# Read as torch is imported. Threads that wait for the others of a layer by spinning take the cores of the
+# loader's processes: with anything else on the machine a step then takes up to five times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import tyro
 from accelerate import Accelerator
@@ -203,6 +207,9 @@ def check(config: TrainConfig) -> Path | None:
     for name in ("num_workers", "cpu_threads", "eval_every", "seed"):
         limits[name] = (getattr(config, name), 0)
     limits["encoder.num_frames"] = (config.encoder.num_frames, 1)
+    limits["augment.early_epochs"] = (config.augment.early_epochs, 0)
+    if config.augment.early_size is not None:
+        limits["augment.early_size"] = (config.augment.early_size, 16)
     if config.encoder.image_size is not None:
         limits["encoder.image_size"] = (config.encoder.image_size, 1)
     for name, (value, least) in limits.items():
@@ -255,6 +262,22 @@ def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
+def check_early_size(encoder: Encoder, config: TrainConfig) -> None:
+    """Refuse an early size that the image tower cannot take: most vision transformers take one size."""
+    size = config.augment.early_size
+    if not size or not config.augment.early_epochs:
+        return
+    blank = torch.zeros(1, 3, size, size)
+    try:
+        with torch.no_grad():
+            encoder.eval().image_tower(blank)
+    except Exception as error:  # each architecture complains in its own way
+        raise UserError(
+            f"--augment.early-size {size}: {config.encoder.towers} cannot take pictures of that size "
+            f"({str(error).splitlines()[0][:100]}); leave it out to train at {encoder.preprocess.size}"
+        ) from None
+
+
 def main(config: TrainConfig) -> None:
     """Train, evaluate while training, and export the best encoder."""
     checkpoint = check(config)
@@ -298,6 +321,7 @@ def main(config: TrainConfig) -> None:
 
     # --- model ---------------------------------------------------------------------------------
     encoder = Encoder(config.encoder)
+    check_early_size(encoder, config)
     tokenizer = encoder.tokenizer
     optimizer = build_optimizer(encoder, config.optimizer)
     model, optimizer = accelerator.prepare(encoder, optimizer)
@@ -330,7 +354,6 @@ def main(config: TrainConfig) -> None:
             start_step=progress.batch,
         ),
         tokenizer=tokenizer,
-        size=encoder.preprocess.size,
         num_workers=config.num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )

@@ -7,7 +7,7 @@ number of ranks or of loader workers sees the same batches, and a resume is two 
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 import numpy as np
@@ -26,6 +26,12 @@ class SamplerConfig:
     """Rows of a global batch, over all ranks."""
     max_rows_per_product: int | None = None
     """At most this many rows of a global batch show the same product; None sets no limit."""
+    unique_products: bool = False
+    """Show a product once a global batch: the first of its rows brings it, and is the positive of all.
+
+    The columns are then distinct products, as in a classifier's softmax, and pictures of the same
+    product are not encoded twice. Off, every row brings its product, each with its own augmentation.
+    """
     window_shards: int = 64
     """Shards whose samples are permuted together: larger mixes better, smaller reads closer together."""
     seed: int = 0
@@ -38,6 +44,8 @@ class Row:
     epoch: int
     sample: int
     slot: int
+    brings_product: bool = True
+    """False where an earlier row of the global batch has brought the same product."""
 
 
 class GlobalBatches:
@@ -104,8 +112,21 @@ class GlobalBatches:
         rows = [Row(epoch, int(i), int(s)) for i, s in zip(samples, slots, strict=True)]
         size, limit = self.config.batch_size, self.config.max_rows_per_product
         if limit is None:
-            return [rows[t * size : (t + 1) * size] for t in range(self.steps_per_epoch)]
-        return self._deal(rows, limit)
+            batches = [rows[t * size : (t + 1) * size] for t in range(self.steps_per_epoch)]
+        else:
+            batches = self._deal(rows, limit)
+        if self.config.unique_products:
+            batches = [self._show_once(batch) for batch in batches]
+        return batches
+
+    def _show_once(self, batch: list[Row]) -> list[Row]:
+        shown = set[int]()
+        marked = []
+        for row in batch:
+            product = self.product_of(row)
+            marked.append(replace(row, brings_product=product not in shown))
+            shown.add(product)
+        return marked
 
     def _deal(self, rows: list[Row], limit: int) -> list[list[Row]]:
         """Fill batches in order; a row whose product is full waits for the next batch."""

@@ -85,7 +85,6 @@ def test_workers_do_not_change_batches(train: ShardReader) -> None:
             dataset(train),
             RankBatches(batches, rank=0, world_size=1, num_epochs=2),
             tokenizer=letters,
-            size=32,
             num_workers=num_workers,
             pin_memory=False,
         )
@@ -103,6 +102,27 @@ def test_links_of_a_row_are_all_its_products(train: ShardReader) -> None:
     assert pair.links == [numbers[p] for p in train.product_ids[several]]
     assert pair.number == pair.links[1]
     assert pair.weights == train.weights[several]
+
+
+def test_a_row_whose_product_is_shown_already_brings_none(train: ShardReader) -> None:
+    rows = dataset(train)
+    shown, hidden = rows[Row(0, 3, 0)], rows[Row(0, 3, 0, brings_product=False)]
+    assert shown.product
+    assert hidden.product == []
+    assert hidden.product_title is None
+    assert all(torch.equal(a, b) for a, b in zip(shown.content, hidden.content, strict=True))
+    assert (hidden.number, hidden.links) == (shown.number, shown.links)
+
+
+def test_early_epochs_have_smaller_pictures_of_the_same_crop(train: ShardReader) -> None:
+    augment = {"color": 0.0, "early_size": 16, "early_epochs": 2}
+    rows, full = dataset(train, **augment), dataset(train, color=0.0)
+    for epoch, size in ((0, 16), (1, 16), (2, 32)):
+        (picture,) = rows[Row(epoch, 3, 0)].content[:1]
+        assert picture.shape == (3, size, size)
+        same = full[Row(epoch, 3, 0)].content[0].float()
+        smaller = torch.nn.functional.avg_pool2d(same, 32 // size)
+        assert (picture.float() - smaller).abs().mean() < 6
 
 
 def test_modality_dropout_never_takes_both(train: ShardReader) -> None:

@@ -1,6 +1,7 @@
 """The order of the data: a pure function of (seed, epoch, t), cut into equal slices for ranks."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,3 +111,21 @@ def test_bad_sizes_are_refused() -> None:
             world_size=3,
             num_epochs=1,
         )
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_unique_products_come_with_their_first_row_of_the_global_batch(limit: int | None) -> None:
+    products = [[i % 5, 5 + i % 3] for i in range(48)]
+    plain = SamplerConfig(batch_size=8, max_rows_per_product=limit)
+    batches = make(replace(plain, unique_products=True), products)
+    for batch, same in zip(batches.epoch(1), make(plain, products).epoch(1), strict=True):
+        assert [(row.sample, row.slot) for row in batch] == [(r.sample, r.slot) for r in same]
+        assert all(row.brings_product for row in same)
+        drawn = [batches.product_of(row) for row in batch]
+        firsts = [product not in drawn[:i] for i, product in enumerate(drawn)]
+        assert [row.brings_product for row in batch] == firsts
+    # Ranks cut the marked batch: a product comes once over all of them.
+    ranks = [list(RankBatches(batches, rank=r, world_size=2, num_epochs=1)) for r in (0, 1)]
+    for parts in zip(*ranks, strict=True):
+        brought = [batches.product_of(row) for part in parts for row in part if row.brings_product]
+        assert len(brought) == len(set(brought))
