@@ -290,7 +290,7 @@ def test_training_on_distinct_products_and_small_pictures_first(
         out=tmp_path / "run",
         encoder=replace(recipe.encoder, image_size=48),
         sampler=replace(recipe.sampler, batch_size=14, unique_products=True),
-        augment=replace(recipe.augment, early_size=32, early_epochs=1),
+        augment=replace(recipe.augment, early_size=32, early_share=0.5),
         epochs=2,
         num_workers=0,
         log_every=1,
@@ -312,7 +312,7 @@ def test_a_tower_of_one_size_refuses_small_pictures(tiny_shards: Path, tmp_path:
         out=tmp_path / "run",
         encoder=replace(demo.encoder, towers="ViT-S-32-alt"),
         sampler=replace(demo.sampler, batch_size=8),
-        augment=replace(demo.augment, early_size=64, early_epochs=1),
+        augment=replace(demo.augment, early_size=64),
     )
     with pytest.raises(UserError, match="ViT-S-32-alt cannot take pictures of that size"):
         program.main(config)
@@ -449,7 +449,7 @@ def test_outputs_do_not_swallow_inputs(tiny_tables: Path, tiny_shards: Path) -> 
         ({"encoder": {"num_frames": 0}}, r"--encoder\.num-frames 0"),
         ({"encoder": {"pretrained": "README.md"}}, "does not fit mmrec-tiny"),
         ({"sampler": {"window_shards": 0}}, r"--sampler\.window-shards 0"),
-        ({"augment": {"early_size": 8, "early_epochs": 1}}, "expected at least 16"),
+        ({"augment": {"early_size": 8}}, "expected at least 16"),
     ],
 )
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -137,12 +137,13 @@ RECIPES: dict[str, TrainConfig] = {
         shards=_NOWHERE,
         out=_NOWHERE,
         encoder=EncoderConfig(towers="mmrec-small", num_frames=8),
-        sampler=SamplerConfig(batch_size=64),
-        augment=AugmentConfig(min_scale=0.35, flip=0.5, color=0.15),
+        sampler=SamplerConfig(batch_size=64, unique_products=True),
+        augment=AugmentConfig(min_scale=0.35, color=0.15, early_size=64, early_share=0.66),
         optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1),
-        epochs=32,
+        epochs=100,
         num_frames=2,
         num_workers=1,
+        eval_every=205,
         best_metric="R@1",
     ),
     # The same as clips: fewer contents with several frames each, so more epochs of fewer steps.
@@ -207,11 +208,12 @@ def check(config: TrainConfig) -> Path | None:
     for name in ("num_workers", "cpu_threads", "eval_every", "seed"):
         limits[name] = (getattr(config, name), 0)
     limits["encoder.num_frames"] = (config.encoder.num_frames, 1)
-    limits["augment.early_epochs"] = (config.augment.early_epochs, 0)
     if config.augment.early_size is not None:
         limits["augment.early_size"] = (config.augment.early_size, 16)
     if config.encoder.image_size is not None:
         limits["encoder.image_size"] = (config.encoder.image_size, 1)
+    if not 0 <= config.augment.early_share <= 1:
+        raise UserError(f"--augment.early-share {config.augment.early_share}: expected 0 to 1")
     for name, (value, least) in limits.items():
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
@@ -265,7 +267,7 @@ def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.Ad
 def check_early_size(encoder: Encoder, config: TrainConfig) -> None:
     """Refuse an early size that the image tower cannot take: most vision transformers take one size."""
     size = config.augment.early_size
-    if not size or not config.augment.early_epochs:
+    if not size:
         return
     blank = torch.zeros(1, 3, size, size)
     try:
@@ -343,6 +345,7 @@ def main(config: TrainConfig) -> None:
             augment=config.augment,
             num_frames=config.num_frames,
             num_images=config.num_images,
+            num_epochs=config.epochs,
             seed=config.sampler.seed,
         ),
         RankBatches(

@@ -96,12 +96,12 @@ class AugmentConfig:
     Half the side costs a quarter of the time, and what is learned on small pictures carries over
     (progressive resizing: Howard 2018; Tan and Le 2021, EfficientNetV2). None trains at one size.
     """
-    early_epochs: int = 0
-    """Epochs at the early size."""
+    early_share: float = 0.6
+    """Share of the epochs that is at the early size, if there is one."""
 
-    def size_of(self, epoch: int) -> int | None:
+    def size_of(self, epoch: int, num_epochs: int) -> int | None:
         """The side of pictures in an epoch; None is the tower's own."""
-        return self.early_size if epoch < self.early_epochs else None
+        return self.early_size if epoch < round(self.early_share * num_epochs) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +249,7 @@ class PairDataset(Dataset[_Pair]):
         augment: AugmentConfig,
         num_frames: int,
         num_images: int,
+        num_epochs: int,
         seed: int,
     ) -> None:
         self.max_links = max(len(ids) for ids in reader.product_ids)
@@ -258,6 +259,7 @@ class PairDataset(Dataset[_Pair]):
         self._augment = augment
         self._num_frames = num_frames
         self._num_images = num_images
+        self._num_epochs = num_epochs
         self._seed = seed
 
     def __len__(self) -> int:
@@ -275,7 +277,7 @@ class PairDataset(Dataset[_Pair]):
         drawn = np.sort(rng.choice(linked["num_images"], count, replace=False))
         images = [product_image_name(slot, int(i)) for i in drawn if row.brings_product]
         bytes_read = self._reader.read(sample, [*frames, *images])
-        size = self._augment.size_of(row.epoch) or self._preprocess.size
+        size = self._augment.size_of(row.epoch, self._num_epochs) or self._preprocess.size
         content = self._pictures([bytes_read[name] for name in frames], rng, size)
         product = self._pictures([bytes_read[name] for name in images], rng, size)
         content, content_title = self._drop_modality(content, meta["title"], rng)

@@ -41,6 +41,7 @@ def dataset(train: ShardReader, **changes: float) -> PairDataset:
         augment=AugmentConfig(**changes),  # pyright: ignore[reportArgumentType]
         num_frames=2,
         num_images=1,
+        num_epochs=4,
         seed=0,
     )
 
@@ -115,7 +116,7 @@ def test_a_row_whose_product_is_shown_already_brings_none(train: ShardReader) ->
 
 
 def test_early_epochs_have_smaller_pictures_of_the_same_crop(train: ShardReader) -> None:
-    augment = {"color": 0.0, "early_size": 16, "early_epochs": 2}
+    augment = {"color": 0.0, "early_size": 16, "early_share": 0.5}
     rows, full = dataset(train, **augment), dataset(train, color=0.0)
     for epoch, size in ((0, 16), (1, 16), (2, 32)):
         (picture,) = rows[Row(epoch, 3, 0)].content[:1]
