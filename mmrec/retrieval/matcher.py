@@ -18,8 +18,16 @@ import torch
 from jaxtyping import Float32
 
 from mmrec.data.batches import collate_items
-from mmrec.data.media import Source, decode_video, encode_jpeg, read_image, resize_shorter
+from mmrec.data.media import (
+    FrameConfig,
+    Source,
+    encode_jpeg,
+    read_image,
+    read_video,
+    resize_shorter,
+)
 from mmrec.data.shards import ShardReader, image_name
+from mmrec.data.storage import Place
 from mmrec.errors import MediaError, UserError
 from mmrec.manifest import Parent, find_parent, read_manifest, relative_path
 from mmrec.model.encoder import Encoder
@@ -195,7 +203,8 @@ class Matcher:
         source = video
         try:
             if video is not None:
-                return decode_video(video, num_frames=self.encoder.config.num_frames)[0]
+                frames = FrameConfig(num_frames=self.encoder.config.num_frames)
+                return read_video(video, frames).frames
             pictures = []
             for source in images:
                 pictures.append(read_image(source))
@@ -271,7 +280,7 @@ def _attributes(metadata: pa.Table) -> pa.Table:
     return pa.table({name: [row.get(name) for row in rows] for name in names})
 
 
-def _open_catalog(shards: Path | None) -> ShardReader | None:
+def _open_catalog(shards: Place | None) -> ShardReader | None:
     """The catalogue's shards for their pictures; matches do without where they are gone."""
     try:
         return open_split(shards, "catalog") if shards else None
@@ -281,7 +290,7 @@ def _open_catalog(shards: Path | None) -> ShardReader | None:
 
 def _find_encoder(index: Path) -> Path:
     found = find_parent(index, "encoder")
-    if found is not None:
+    if isinstance(found, Path):
         return found
     record = read_manifest(index, "index").parent("encoder")
     if record is None:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmrec import Matcher
-from mmrec.data.media import decode_video
+from mmrec.data.media import FrameConfig, read_video
 from mmrec.retrieval.embed import embed_shards
 from mmrec.retrieval.matcher import Match, Matches
 
@@ -29,7 +29,7 @@ def test_a_query_is_embedded_as_the_shards_are(
     }
     for row, content_id in enumerate(stored.ids):
         content = contents[content_id]
-        frames, _ = decode_video(tiny_tables / content["video"], num_frames=4)
+        frames = read_video(tiny_tables / content["video"], FrameConfig(num_frames=4)).frames
         vector = matcher.embed(frames, content["title"])
         assert float(vector @ stored.vectors[row]) > 0.98
 
