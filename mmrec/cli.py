@@ -1,4 +1,4 @@
-"""The `mmrec` command: embed, index, search, evaluate, inspect.
+"""The `mmrec` command: shards, embed, index, search, evaluate, inspect.
 
 Nothing heavy is imported until a command runs, so that `mmrec --help` answers at once.
 """
@@ -18,6 +18,8 @@ Split = Literal["train", "val", "test"]
 app = tyro.extras.SubcommandApp()
 index_app = tyro.extras.SubcommandApp()
 app.command(index_app, name="index", help="Build an index of products.")
+shards_app = tyro.extras.SubcommandApp()
+app.command(shards_app, name="shards", help="Read tars that others wrote as shards.")
 
 
 @app.command
@@ -79,6 +81,73 @@ def index_build(
 
     index = build_index(embeddings, out, factory=factory, overwrite=overwrite)
     print(f"indexed {len(index):,} products, {index.width} wide, as {factory}: {out}")
+
+
+@shards_app.command(name="index")
+def shards_index(
+    *,
+    tars: tuple[str, ...],
+    out: Path,
+    split: Split,
+    frames: str = "jpg,jpeg,png,webp",
+    title: str | None = None,
+    content_id: str = "key",
+    product_id: str = "key",
+    product_images: str | None = None,
+    product_title: str | None = None,
+    decode: bool = False,
+    num_workers: int = 0,
+    max_dropped: float = 0.05,
+    overwrite: bool = False,
+) -> None:
+    """Index tars made by img2dataset, or other webdataset tars of images, where they lie.
+
+    The folder written is one of shards: training, embed and evaluate read it. A further run with another
+    split adds that split. A place of text is a member's name after the key (txt), a field of a JSON member
+    (json:uid, json:meta.uid), or key; a place of pictures is a name or a pattern (frame_*.jpg). Of several
+    with commas between, the first that holds something counts.
+
+    Args:
+        tars: Paths or URLs, with braces ({00000..00099}) and wildcards.
+        out: The folder to write, or to add the split to.
+        split: The split that these tars are.
+        frames: Places of a content's pictures.
+        title: Place of a content's title; left out, txt or json:caption unless the product's title is there.
+        content_id: Place of the content's id, which occurs once.
+        product_id: Place of the id of the product that the content leads to.
+        product_images: Places of the product's pictures.
+        product_title: Place of the product's title; without it and pictures the caption is the product.
+        decode: Decode every picture and leave out those that cannot be; else their first bytes are looked at.
+        num_workers: Processes that read tars; 0 takes one per core.
+        max_dropped: Largest share of samples that may be dropped before this fails.
+        overwrite: Replace the split if it is there.
+    """
+    from mmrec.data.foreign import ForeignMapping, index_tars
+
+    mapping = ForeignMapping(
+        frames=frames,
+        title=title,
+        content_id=content_id,
+        product_id=product_id,
+        product_images=product_images,
+        product_title=product_title,
+    )
+    manifest = index_tars(
+        tars,
+        out,
+        split=split,
+        mapping=mapping,
+        decode=decode,
+        num_workers=num_workers,
+        max_dropped=max_dropped,
+        overwrite=overwrite,
+    )
+    part = manifest.details["splits"][split]
+    print(f"{out}: {part['contents']:,} contents of split {split} in {part['shards']:,} tars")
+    print(f"  catalog: {manifest.details['catalog']:,} products")
+    for what in ("dropped", "images_skipped"):
+        for reason, count in part[what].items():
+            print(f"  {what.replace('_', ' ')}: {reason}: {count:,}")
 
 
 @app.command
@@ -170,16 +239,66 @@ def evaluate(
 
 
 @app.command
-def inspect(folder: tyro.conf.Positional[Path], *, json: bool = False) -> None:
+def inspect(
+    folder: tyro.conf.Positional[Path],
+    *,
+    json: bool = False,
+    verify: bool = False,
+    report: Path | None = None,
+    num_samples: int = 6,
+) -> None:
     """Show what a folder of the flow holds and the chain that it came from.
 
     Args:
         folder: Tables, shards, a run, an encoder, embeddings or an index.
-        json: Print the manifests as one JSON array.
+        json: Print the manifests as one JSON array; the first has the summary or checks of shards beside it.
+        verify: Of shards: take everything that the manifest claims again from the tars, a line a claim; the
+            exit status is 1 where one does not hold.
+        report: Of shards: also write a contact sheet, one HTML page with figures and samples.
+        num_samples: Samples of each split on the contact sheet.
     """
-    from mmrec.manifest import describe, lineage_to_json
+    from mmrec.manifest import describe, lineage_to_json, read_manifest
 
-    print(lineage_to_json(folder) if json else describe(folder))
+    kind = read_manifest(folder).kind
+    if kind != "shards":
+        if verify or report is not None:
+            flag = "--verify" if verify else "--report"
+            raise UserError(f"{folder}: {flag} is for shards, and this holds {kind}")
+        print(lineage_to_json(folder) if json else describe(folder))
+        return
+    _inspect_shards(folder, json, verify, report, num_samples)
+
+
+def _inspect_shards(
+    folder: Path, json: bool, verify: bool, report: Path | None, num_samples: int
+) -> None:
+    from dataclasses import asdict
+
+    from mmrec.data.inspection import format_summary, inspection_to_json, read_facts, summarize
+    from mmrec.manifest import describe
+
+    if report is not None:
+        from mmrec.data.contact_sheet import write_contact_sheet
+
+        write_contact_sheet(folder, report, num_samples=num_samples)
+    if verify:
+        from mmrec.data.verification import verify_shards
+
+        checks = verify_shards(folder)
+        lines = [check.line() for check in checks]
+        found = inspection_to_json(folder, {"checks": [asdict(check) for check in checks]})
+        print(found if json else "\n".join(lines))
+        differing = [check.claim for check in checks if check.holds is False]
+        if differing:
+            raise UserError(f"{folder}: not what its manifest claims: {', '.join(differing)}")
+        return
+    summary = summarize(read_facts(folder))
+    if json:
+        print(inspection_to_json(folder, {"summary": summary}))
+    else:
+        print(f"{describe(folder)}\n\n{format_summary(summary)}")
+        if report is not None:
+            print(f"contact sheet: {report}")
 
 
 def run_program(program: Callable[[], Result]) -> Result:

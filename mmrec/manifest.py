@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import mmrec
+from mmrec.data.storage import (
+    Place,
+    check_writable,
+    is_file,
+    joined,
+    list_files,
+    local_copy,
+    place,
+    read_bytes,
+    replace_folder,
+    write_bytes_whole,
+)
 from mmrec.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -30,7 +43,7 @@ class Parent:
     fingerprint: str
     """The parent's fingerprint when the child was made: this decides whether two folders belong together."""
     path: str
-    """Where the parent lay, relative to the child: a hint for finding it, never a proof."""
+    """Where the parent lay, relative to the child, or its URL: a hint for finding it, never a proof."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,33 +67,35 @@ class Manifest:
         return next((parent for parent in self.parents if parent.kind == kind), None)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Place, manifest: Manifest) -> None:
     """Write the manifest into a folder; the last thing done before the folder is published."""
     text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, default=str, allow_nan=False)
     write_whole(folder / FILE_NAME, text + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Place, text: str) -> None:
     """Write a text file so that a reader finds the old one or the new one, never half of either."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_bytes_whole(path, text.encode())
 
 
-def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
-    """Read a folder's manifest.
+def read_manifest(folder: Place | str, kind: str | None = None) -> Manifest:
+    """Read the manifest of a folder, local or remote.
 
     Raises `UserError` when the folder or its manifest is missing or broken, comes from a later schema,
     or is of another kind than the caller asked for.
     """
-    folder = Path(folder)
+    folder = place(folder)
     path = folder / FILE_NAME
-    if not folder.exists():
+    if isinstance(folder, Path) and not folder.exists():
         raise UserError(f"{folder}: no such folder" + (f" (expected {kind})" if kind else ""))
-    if not path.is_file():
-        raise UserError(f"{folder}: has no {FILE_NAME}, so it is not a folder that mmrec finished")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = read_bytes(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(
+            f"{folder}: has no {FILE_NAME}, so it is not a folder that mmrec finished"
+        ) from None
+    try:
+        raw = json.loads(data)
         raw["parents"] = [Parent(**parent) for parent in raw["parents"]]
         manifest = Manifest(**raw)
     except (ValueError, TypeError, KeyError) as error:
@@ -95,7 +110,7 @@ def read_manifest(folder: Path | str, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def parent_of(child: Path, folder: Path, kind: str | None = None) -> Parent:
+def parent_of(child: Place, folder: Place, kind: str | None = None) -> Parent:
     """The record that a folder at `child` keeps of the finished folder that it is made from."""
     manifest = read_manifest(folder, kind)
     return Parent(
@@ -103,54 +118,69 @@ def parent_of(child: Path, folder: Path, kind: str | None = None) -> Parent:
     )
 
 
-def relative_path(child: Path, folder: Path) -> str:
-    """The path of `folder` as seen from `child`, so that a tree of folders can be moved as a whole."""
-    return os.path.relpath(Path(folder).resolve(), Path(child).resolve())
+def relative_path(child: Place, folder: Place) -> str:
+    """The path of `folder` as seen from `child`, so that a tree of folders can be moved as a whole.
+
+    A URL stays whole, and so does the path of a local folder that is seen from a URL.
+    """
+    child, folder = place(child), place(folder)
+    if not isinstance(folder, Path):
+        return str(folder)
+    if not isinstance(child, Path):
+        return str(folder.resolve())
+    return os.path.relpath(folder.resolve(), child.resolve())
 
 
-def find_parent(folder: Path, kind: str) -> Path | None:
+def find_parent(folder: Place, kind: str) -> Place | None:
     """Where the parent of that kind lies now, or None when it has none, or it was moved or remade."""
     record = read_manifest(folder).parent(kind)
     if record is None:
         return None
-    path = Path(os.path.normpath(Path(folder).resolve() / record.path))
-    if not (path / FILE_NAME).is_file() or read_manifest(path).fingerprint != record.fingerprint:
+    path = joined(_absolute(folder), record.path)
+    if not is_file(path / FILE_NAME) or read_manifest(path).fingerprint != record.fingerprint:
         return None
     return path
 
 
-def lineage(folder: Path | str) -> Iterator[tuple[int, Path, Parent | None, Manifest | None]]:
+def _absolute(folder: Place | str) -> Place:
+    found = place(folder)
+    return found.resolve() if isinstance(found, Path) else found
+
+
+def lineage(folder: Place | str) -> Iterator[tuple[int, Place, Parent | None, Manifest | None]]:
     """Walk a folder and its ancestors, nearest first.
 
     Yields (depth, path, the child's record of it, its manifest), an ancestor that several descendants
     remember alike once. The manifest is None where the folder is no longer there; where its fingerprint
     differs from the record, it was made anew since.
     """
-    seen: set[tuple[Path, str | None]] = set()
+    seen: set[tuple[str, str | None]] = set()
 
     def walk(
-        path: Path, record: Parent | None, depth: int
-    ) -> Iterator[tuple[int, Path, Parent | None, Manifest | None]]:
-        if (path, record and record.fingerprint) in seen:
+        path: Place, record: Parent | None, depth: int
+    ) -> Iterator[tuple[int, Place, Parent | None, Manifest | None]]:
+        if (str(path), record and record.fingerprint) in seen:
             return
-        seen.add((path, record and record.fingerprint))
-        manifest = read_manifest(path) if (path / FILE_NAME).is_file() else None
+        seen.add((str(path), record and record.fingerprint))
+        manifest = read_manifest(path) if is_file(path / FILE_NAME) else None
         yield depth, path, record, manifest
         for parent in manifest.parents if manifest else []:
-            yield from walk(Path(os.path.normpath(path / parent.path)), parent, depth + 1)
+            yield from walk(joined(path, parent.path), parent, depth + 1)
 
     read_manifest(folder)
-    yield from walk(Path(folder).resolve(), None, 0)
+    yield from walk(_absolute(folder), None, 0)
 
 
-def describe(folder: Path | str) -> str:
+def describe(folder: Place | str) -> str:
     """A folder and its ancestors as text: what each holds, and whether the chain still fits."""
     lines: list[str] = []
     for depth, path, record, manifest in lineage(folder):
         indent = "    " * depth
         if manifest is None:
             # Tables that somebody else wrote have no manifest, and are none the worse for it.
-            state = "has no manifest" if path.exists() else "no longer there"
+            # Of a remote folder only the files can be asked for.
+            there = not isinstance(path, Path) or path.exists()
+            state = "has no manifest" if there else "no longer there"
             lines.append(f"{indent}{record.kind if record else '?'}  {path}  {state}")
             continue
         stale = record is not None and record.fingerprint != manifest.fingerprint
@@ -164,7 +194,7 @@ def describe(folder: Path | str) -> str:
     return "\n".join(lines)
 
 
-def lineage_to_json(folder: Path | str) -> str:
+def lineage_to_json(folder: Place | str) -> str:
     """The manifests of a folder and its ancestors as a JSON array, each with its path."""
     chain = [
         {"path": str(path), "depth": depth, "manifest": asdict(manifest) if manifest else None}
@@ -189,9 +219,9 @@ def fingerprint_of(parts: Mapping[str, str | bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Place) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open(local_copy(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -203,7 +233,7 @@ def check_no_file(path: Path) -> None:
 
 
 def check_output(
-    path: Path, *, kind: str, overwrite: bool, inputs: Iterable[Path | str] = ()
+    path: Place | str, *, kind: str, overwrite: bool, inputs: Iterable[Place | str] = ()
 ) -> None:
     """Refuse, before any work is done, an output folder that cannot or must not be written.
 
@@ -211,33 +241,54 @@ def check_output(
     no slip of the hand deletes what mmrec did not make. An output that is or holds one of the `inputs`
     is refused in any case.
     """
-    whole = path.resolve()
-    check_no_file(path)
+    path = place(path)
+    if isinstance(path, Path):
+        check_no_file(path)
+    else:
+        check_writable(path)
     for given in inputs:
-        if Path(given).resolve().is_relative_to(whole):
+        if _holds(path, place(given)):
             raise UserError(f"{path}: holds the input {given}; give another --out")
-    if not path.exists() or not any(path.iterdir()):
+    if not _has_files(path):
         return
     if not overwrite:
         raise UserError(f"{path}: already exists; give another --out, or --overwrite to replace it")
-    found = read_manifest(path).kind if (path / FILE_NAME).is_file() else "something else"
+    found = read_manifest(path).kind if is_file(path / FILE_NAME) else "something else"
     if found != kind:
         raise UserError(
             f"{path}: --overwrite replaces {kind} alone, and this is {found}; give another --out"
         )
 
 
+def _holds(folder: Place, inner: Place) -> bool:
+    if isinstance(folder, Path) and isinstance(inner, Path):
+        return inner.resolve().is_relative_to(folder.resolve())
+    return f"{inner}".rstrip("/").startswith(f"{folder}".rstrip("/") + "/") or inner == folder
+
+
+def _has_files(folder: Place) -> bool:
+    if isinstance(folder, Path):
+        return folder.exists() and any(folder.iterdir())
+    return bool(list_files(folder, "*"))
+
+
 @contextmanager
 def new_folder(
-    path: Path | str, *, kind: str, overwrite: bool = False, inputs: Iterable[Path | str] = ()
+    path: Place | str, *, kind: str, overwrite: bool = False, inputs: Iterable[Place | str] = ()
 ) -> Iterator[Path]:
     """Build a folder under a temporary name beside `path`, and rename it when the block ends well.
 
-    When the block fails the temporary folder is removed, and what was at `path` before stays. Raises
+    When the block fails the temporary folder is removed, and what was at `path` before stays. A URL's
+    folder is built on this machine and uploaded, its manifest last; what was there goes first. Raises
     `UserError` as `check_output` does.
     """
-    path = Path(path)
+    path = place(path)
     check_output(path, kind=kind, overwrite=overwrite, inputs=inputs)
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+            replace_folder(path, Path(temporary), last=FILE_NAME)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)

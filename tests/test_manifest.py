@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from servers import http_server
 
+from mmrec.data.storage import list_files, place
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
@@ -17,6 +19,7 @@ from mmrec.manifest import (
     new_folder,
     parent_of,
     read_manifest,
+    relative_path,
     write_manifest,
 )
 
@@ -128,3 +131,74 @@ def test_bad_manifests_are_named(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not a manifest"):
         read_manifest(folder)
+
+
+# Folders elsewhere
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> str:
+    """A folder in memory, which fsspec treats like a remote store."""
+    return f"memory://{tmp_path.name}"
+
+
+def test_relative_paths_keep_urls_whole(tmp_path: Path) -> None:
+    assert relative_path(tmp_path / "a", tmp_path / "b/c") == "../b/c"
+    assert relative_path(tmp_path, place("s3://bucket/b")) == "s3://bucket/b"
+    assert relative_path(tmp_path, Path("s3://bucket/b")) == "s3://bucket/b"
+    assert relative_path(place("s3://bucket/a"), place("s3://bucket/b")) == "s3://bucket/b"
+    assert relative_path(place("s3://bucket/a"), tmp_path / "b") == str(tmp_path / "b")
+
+
+def test_a_chain_over_http(tmp_path: Path) -> None:
+    make(tmp_path / "served/tables", "tables", "1")
+    make(tmp_path / "served/shards", "shards", "2", tmp_path / "served/tables")
+    with http_server(tmp_path / "served") as server:
+        shards = place(f"{server.url}/shards")
+        assert read_manifest(str(shards), "shards").fingerprint == "2"
+        encoder = tmp_path / "encoder"
+        with new_folder(encoder, kind="encoder") as folder:
+            parent = parent_of(encoder, shards, "shards")
+            manifest = Manifest(
+                kind="encoder", config={}, counts={}, fingerprint="3", parents=[parent]
+            )
+            write_manifest(folder, manifest)
+        assert parent.path == f"{server.url}/shards"
+        assert find_parent(encoder, "shards") == shards
+        chain = [(m.kind, str(path)) for _, path, _, m in lineage(encoder) if m]
+        assert chain[1:] == [
+            ("shards", f"{server.url}/shards"),
+            ("tables", f"{server.url}/tables"),
+        ]
+        assert f"{server.url}/tables" in describe(encoder)
+        with pytest.raises(UserError, match=r"has no manifest\.json"):
+            read_manifest(f"{server.url}/nothing")
+        with (
+            pytest.raises(UserError, match="cannot be written over HTTP"),
+            new_folder(f"{server.url}/new", kind="tables"),
+        ):
+            pass
+
+
+def test_a_remote_folder_is_whole_before_it_has_a_manifest(bucket: str, tmp_path: Path) -> None:
+    def write(out: str, text: str, *, overwrite: bool = False) -> None:
+        with new_folder(out, kind="tables", overwrite=overwrite) as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / text).write_text(text)
+            write_manifest(folder, Manifest(kind="tables", config={}, counts={}, fingerprint=text))
+
+    write(f"{bucket}/out", "one")
+    assert read_manifest(f"{bucket}/out", "tables").fingerprint == "one"
+    with pytest.raises(UserError, match="already exists"):
+        write(f"{bucket}/out", "two")
+    write(f"{bucket}/out", "two", overwrite=True)
+    assert read_manifest(f"{bucket}/out").fingerprint == "two"
+    assert [path.name for path in list_files(place(f"{bucket}/out/deep"), "*")] == ["two"]
+    with pytest.raises(UserError, match="replaces shards alone, and this is tables"):
+        check_output(f"{bucket}/out", kind="shards", overwrite=True)
+    with pytest.raises(UserError, match="holds the input"):
+        check_output(f"{bucket}/out", kind="tables", overwrite=True, inputs=[f"{bucket}/out/deep"])
+    for holder in (bucket, f"{bucket}/out"):
+        with pytest.raises(UserError, match="holds the input"):
+            check_output(holder, kind="tables", overwrite=True, inputs=[f"{bucket}/out"])
+    check_output(f"{bucket}/ou", kind="tables", overwrite=True, inputs=[f"{bucket}/out", tmp_path])

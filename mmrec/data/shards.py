@@ -3,23 +3,40 @@
 This is the only home of the member names. A content `<key>` has `<key>.f00.jpg` (a frame),
 `<key>.p0.i0.jpg` (image 0 of its product 0) and `<key>.json`; a catalogue product has
 `<key>.i0.jpg` and `<key>.json`. The webdataset library reads the tars as they are.
+
+A tar that others wrote can stay as it is: its index (made by `mmrec shards index`) gives the members
+our names, holds what the JSON member would hold, and says where the tar lies.
 """
 
+import io
 import json
 import os
+import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmrec.data.storage import (
+    Place,
+    is_file,
+    is_remote,
+    joined,
+    list_files,
+    local_copy,
+    place,
+)
 from mmrec.errors import UserError
-from mmrec.manifest import FILE_NAME, read_manifest
+from mmrec.manifest import FILE_NAME, Manifest, read_manifest
 
+AnyPlace = TypeVar("AnyPlace", bound=Place)
 Family = Literal["contents", "products"]
 Split = Literal["train", "val", "test", "catalog"]
 
@@ -40,8 +57,15 @@ INDEX_SCHEMA = pa.schema(
         ("sizes", pa.list_(pa.int64())),
     ]
 )
-_TAR_BYTES = b"tar_bytes"
+META_COLUMN = pa.field("meta", pa.large_string())
+"""In the index of a foreign tar: the text of the JSON member that the tar does not have."""
+TAR_BYTES = b"tar_bytes"
+"""In an index's metadata: the size of its tar."""
+TAR_PLACE = b"tar"
+"""In an index's metadata: its tar's URL, or path from the index's folder, if it does not lie beside it."""
 _MOST_OPEN_FILES = 128  # well below the usual limit of 1,024 a process
+_FETCHES = 16  # indexes fetched at once
+_ATTEMPTS = 3  # a tar may leave the cache between its fetch and its opening
 
 
 def frame_name(t: int) -> str:
@@ -59,10 +83,10 @@ def image_name(i: int) -> str:
     return f"i{i}.jpg"
 
 
-def shard_path(folder: Path, split: str, number: int) -> Path:
+def shard_path(folder: AnyPlace, split: str, number: int) -> AnyPlace:
     """Where shard `number` of a split lies in a shards' folder."""
     family = next(family for family, splits in FAMILY_SPLITS.items() if split in splits)
-    return folder / family / f"{split}-{number:06d}.tar"
+    return cast("AnyPlace", folder / family / f"{split}-{number:06d}.tar")
 
 
 @dataclass(frozen=True)
@@ -83,22 +107,22 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> None:
     Both are written under temporary names. The index is renamed first, so a tar under its final
     name is whole and has its index.
     """
-    # Imported here because the package brings torch with it.
-    from webdataset.writer import TarWriter
-
     path.parent.mkdir(parents=True, exist_ok=True)
     tar = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     index = tar.with_suffix(tar.suffix + ".parquet")
     try:
-        with (
-            open(tar, "wb") as file,
-            TarWriter(file, encoder=False, mtime=0, user="mmrec", group="mmrec") as writer,
-        ):
+        # As webdataset's own writer does it, which would bring torch into each worker of a preparation.
+        with tarfile.open(tar, "w") as archive:
             for sample in samples:
                 if "." in sample.key or "/" in sample.key:
                     raise ValueError(f"key '{sample.key}' has a dot or a slash in it")
                 meta = json.dumps(sample.meta, ensure_ascii=False, allow_nan=False).encode()
-                writer.write({"__key__": sample.key, META_NAME: meta, **sample.members})
+                for name, data in sorted({META_NAME: meta, **sample.members}.items()):
+                    member = tarfile.TarInfo(f"{sample.key}.{name}")
+                    member.size = len(data)
+                    member.mode = 0o444
+                    member.uname = member.gname = "mmrec"
+                    archive.addfile(member, io.BytesIO(data))
         pq.write_table(index_shard(tar), index)
         index.replace(index_path(path))
         tar.replace(path)
@@ -107,9 +131,9 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> None:
         index.unlink(missing_ok=True)
 
 
-def index_path(tar: Path) -> Path:
+def index_path(tar: AnyPlace) -> AnyPlace:
     """Where the index of a tar lies."""
-    return tar.with_suffix(".parquet")
+    return cast("AnyPlace", tar.with_suffix(".parquet"))
 
 
 def index_shard(tar: Path) -> pa.Table:
@@ -117,43 +141,148 @@ def index_shard(tar: Path) -> pa.Table:
 
     Columns: key, content_id (null in a catalog), product_ids, weights, and for every member its
     name without the key, the offset of its bytes in the tar, and their number. The table's metadata
-    holds the tar's size. Raises `UserError` for a tar that is damaged, or whose samples have no
-    JSON member.
+    holds the tar's size. Raises `UserError` as `scan_tar` does, and for a sample without a JSON
+    member that names its products.
     """
-    rows: list[dict[str, Any]] = []
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    _index_member(rows, archive, member)
-    except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"{tar}: not a shard that mmrec reads: {error}") from None
-    unnamed = next((row["key"] for row in rows if not row["product_ids"]), None)
-    if unnamed is not None:
-        raise UserError(f"{tar}: sample '{unnamed}' has no {META_NAME} that names its products")
+    with open(tar, "rb") as file:
+        rows = [_index_row(tar, sample, file.fileno()) for sample in scan_tar(tar)]
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    return table.replace_schema_metadata({_TAR_BYTES: str(tar.stat().st_size)})
+    return table.replace_schema_metadata({TAR_BYTES: str(tar.stat().st_size)})
 
 
-def _index_member(
-    rows: list[dict[str, Any]], archive: tarfile.TarFile, member: tarfile.TarInfo
-) -> None:
-    key, _, name = member.name.partition(".")
-    if not rows or rows[-1]["key"] != key:
-        new: dict[str, Any] = {"key": key, "content_id": None}
-        rows.append(new | {c: [] for c in INDEX_SCHEMA.names if c not in new})
-    row = rows[-1]
-    row["names"].append(name)
-    row["offsets"].append(member.offset_data)
-    row["sizes"].append(member.size)
-    if name != META_NAME:
-        return
-    file = archive.extractfile(member)
-    meta = json.loads(file.read() if file else b"")
-    row["content_id"] = meta.get("content_id")
-    products = meta.get("products", [meta])
-    row["product_ids"] = [product["product_id"] for product in products]
-    row["weights"] = [float(product.get("weight", 1.0)) for product in products]
+def _index_row(tar: Path, sample: "TarSample", descriptor: int) -> dict[str, Any]:
+    if META_NAME not in sample.members:
+        raise UserError(
+            f"{tar}: sample '{sample.key}' has no {META_NAME} that names its products; a tar that mmrec "
+            f"did not write is read by way of `mmrec shards index`"
+        )
+    offset, size = sample.members[META_NAME]
+    try:
+        meta = json.loads(os.pread(descriptor, size, offset))
+        products = meta.get("products", [meta])
+        row = {
+            "content_id": meta.get("content_id"),
+            "product_ids": [product["product_id"] for product in products],
+            "weights": [float(product.get("weight", 1.0)) for product in products],
+        }
+        ids = row["product_ids"]
+        if not ids or not all(isinstance(product_id, str) for product_id in ids):
+            raise TypeError("expected product ids, as text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{tar}: member '{sample.key}.{META_NAME}' is not that of a shard: {error!r}"  # repr: one line
+        ) from None
+    places = sample.members.values()
+    return row | {
+        "key": sample.key,
+        "names": list(sample.members),
+        "offsets": [offset for offset, _ in places],
+        "sizes": [size for _, size in places],
+    }
+
+
+# Scanning tars, ours or not.
+
+# As webdataset splits a name: a folder belongs to the key, and a name ends at the first dot after it.
+_KEY_AND_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_TAR_META = re.compile(r"__[^/]*__(/|$)")
+_BLOCK = 512  # the unit of a tar
+
+
+@dataclass
+class TarSample:
+    """Members of a tar that follow each other and share a key."""
+
+    key: str
+    """With its folder, as webdataset has it: `a/b/000` for `a/b/000.jpg`."""
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Offset and size in bytes by name; names in lower case, as webdataset has them."""
+
+
+def scan_tar(tar: Path) -> Iterator[TarSample]:
+    """Samples of a plain tar in its order, from its headers alone.
+
+    Folders, and files that webdataset would pass over, are passed over. Raises `UserError` for a tar
+    that is compressed, cut off or damaged, and for one in which a member is absolute or climbs up
+    (`..`), is a link, a device or a sparse file, occurs twice, or belongs to a sample that has ended.
+    """
+    sample: TarSample | None = None
+    seen: set[str] = set()
+    for member in _scan_members(tar):
+        _check_member(tar, member)
+        found = _KEY_AND_NAME.fullmatch(member.name)
+        if not member.isfile() or found is None or _TAR_META.match(member.name):
+            continue
+        key, name = found[1], found[2].lower()
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            if key in seen:
+                raise _bad_member(tar, member, f"sample '{key}' has ended before it")
+            seen.add(key)
+            sample = TarSample(key)
+        if name in sample.members:
+            raise _bad_member(tar, member, "it occurs twice")
+        sample.members[name] = (member.offset_data, member.size)
+    if sample is not None:
+        yield sample
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A header whose size is sound: by a negative one, older Pythons read the same bytes for ever."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarInfo":
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0:
+            raise tarfile.ReadError(f"member '{info.name}' has a negative size")
+        return info
+
+
+def _scan_members(tar: Path) -> Iterator[tarfile.TarInfo]:
+    end = 0
+    try:
+        with tarfile.open(tar, "r:", tarinfo=_TarInfo) as archive:
+            while (member := archive.next()) is not None:
+                yield member
+                # Else it keeps all of them.
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            end = archive.offset
+    except FileNotFoundError:
+        raise UserError(f"{tar}: no such tar") from None
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise UserError(f"{tar}: not a shard that mmrec reads: {error}") from None
+    # tarfile takes a header that it cannot read for the end, which is marked by a block of zeros.
+    with open(tar, "rb") as file:
+        file.seek(end)
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise UserError(
+                f"{tar}: not a shard that mmrec reads: it is cut off or damaged at byte {end}, where a "
+                f"member or the mark of its end should be"
+            )
+
+
+def _check_member(tar: Path, member: tarfile.TarInfo) -> None:
+    name = member.name
+    if name.startswith("/"):
+        raise _bad_member(tar, member, "its name is absolute")
+    if ".." in name.split("/"):
+        raise _bad_member(tar, member, "its name climbs up by '..'")
+    if member.issym() or member.islnk():
+        raise _bad_member(tar, member, f"it is a link to '{member.linkname}'")
+    if member.issparse():
+        raise _bad_member(tar, member, "it is a sparse file, whose bytes are not in one piece")
+    if not member.isfile() and not member.isdir():
+        raise _bad_member(tar, member, "it is neither a file nor a folder")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise _bad_member(tar, member, "its name is not UTF-8") from None
+
+
+def _bad_member(tar: Path, member: tarfile.TarInfo, reason: str) -> UserError:
+    # repr keeps the message to one line, whatever the name holds.
+    return UserError(f"{tar}: member {member.name!r} is refused: {reason}")
 
 
 class ShardReader:
@@ -163,17 +292,24 @@ class ShardReader:
     forked workers may share a reader; it pickles without its open files.
     """
 
-    def __init__(self, tars: Sequence[Path], family: Family) -> None:
-        tables = [_read_index(tar) for tar in tars]
-        table = pa.concat_tables(tables)
+    def __init__(self, tars: Sequence[Place], family: Family) -> None:
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            indexes = list(pool.map(_read_index, tars))
+        tables = [index.table for index in indexes]
+        has_meta = any(META_COLUMN.name in table.column_names for table in tables)
+        table = pa.concat_tables(tables, promote_options="default")
         self.family: Family = family
-        self.paths = [Path(tar) for tar in tars]
+        self.paths: list[Place] = [index.tar for index in indexes]
+        """Where the tars lie."""
         self.shard_sizes: list[int] = [len(part) for part in tables]
         self.keys: list[str] = table["key"].to_pylist()
         self.content_ids: list[str] = table["content_id"].to_pylist()
         """A content's id; None in every row of a catalog."""
         self.product_ids: list[list[str]] = table["product_ids"].to_pylist()
         self.weights: list[list[float]] = table["weights"].to_pylist()
+        self._tar_bytes = [index.tar_bytes for index in indexes]
+        # Kept as Arrow has it: the texts of millions of samples, read a few at a time.
+        self._metas = table[META_COLUMN.name] if has_meta else None
         self._shard_ends = np.cumsum(self.shard_sizes)
         # Members of all rows one after another: row r has those from _starts[r] to _starts[r + 1].
         columns = {name: table[name].combine_chunks() for name in ("names", "offsets", "sizes")}
@@ -210,7 +346,13 @@ class ShardReader:
         return {found[i]: self._read_bytes(shard, int(offsets[i]), int(sizes[i])) for i in members}
 
     def meta(self, row: int) -> dict[str, Any]:
-        """What a sample's JSON member holds."""
+        """What a sample's JSON member holds, or its index in that member's place."""
+        if self._metas is not None:
+            if not 0 <= row < len(self):
+                raise IndexError(f"row {row} of {len(self)}")
+            text = self._metas[row].as_py()
+            if text is not None:
+                return json.loads(text)
         return json.loads(self.read(row, [META_NAME])[META_NAME])
 
     def _members(self, row: int) -> slice:
@@ -226,7 +368,7 @@ class ShardReader:
         if file is None:
             if len(self._files) >= _MOST_OPEN_FILES:
                 self._files.clear()
-            file = self._files[shard] = _File(self.paths[shard])
+            file = self._files[shard] = _File(self.paths[shard], self._tar_bytes[shard])
         data = file.read_at(offset, size)
         if len(data) < size:
             raise UserError(f"{self.paths[shard]}: ends before byte {offset + size}")
@@ -234,10 +376,13 @@ class ShardReader:
 
 
 class _File:
-    """A file open for reading, closed when its last holder lets go, so that no read loses it."""
+    """A tar open for reading, closed when its last holder lets go, so that no read loses it."""
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, tar: Place, expected: int) -> None:
+        self._descriptor = _open_copy(tar)
+        # A local tar was measured when its index was read; a remote one has only now come.
+        if is_remote(tar):
+            _check_size(tar, os.fstat(self._descriptor).st_size, expected)
 
     def read_at(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, size, offset)
@@ -247,22 +392,38 @@ class _File:
             os.close(self._descriptor)
 
 
-def open_shards(folder: Path | str, family: Family, split: Split) -> ShardReader:
-    """Open all shards of a split for random reading.
+def _open_copy(tar: Place) -> int:
+    """A descriptor of a tar, fetched where it is remote."""
+    try:
+        if isinstance(tar, Path):
+            return os.open(tar, os.O_RDONLY)
+        for _ in range(_ATTEMPTS):
+            copy = local_copy(tar)
+            with suppress(FileNotFoundError):
+                return os.open(copy, os.O_RDONLY)
+    except FileNotFoundError:
+        raise UserError(f"{tar}: no longer there") from None
+    raise UserError(f"{tar}: leaves the cache before it is read; raise MMREC_CACHE_GB")
 
-    Raises `UserError` when the folder has no such split, a tar has no index, or the two disagree.
+
+def open_shards(folder: Place | str, family: Family, split: Split) -> ShardReader:
+    """Open all shards of a split for random reading; `folder` is a path or a URL.
+
+    Indexes are fetched now, and a remote tar at the first read of a member. Raises `UserError` when
+    the folder has no such split, a tar has no index, or the two disagree.
     """
-    folder = Path(folder)
+    folder = place(folder)
     if split not in FAMILY_SPLITS.get(family, ()):
         raise ValueError(f"no split '{split}' in family '{family}'")
-    tars = sorted((folder / family).glob(f"{split}-*.tar"))
-    if not tars:
-        kinds = {tar.name.rsplit("-", 1)[0] for tar in (folder / family).glob("*.tar")}
-        found = ", ".join(sorted(kinds)) or "none"
+    manifest = read_manifest(folder, "shards") if is_file(folder / FILE_NAME) else None
+    tars = _find_tars(folder, family, manifest)
+    wanted = [tar for tar in tars if _split_of(tar) == split]
+    if not wanted:
+        found = ", ".join(sorted({_split_of(tar) for tar in tars})) or "none"
         raise UserError(f"{folder}: no {family} shards of split '{split}'; found {found}")
-    reader = ShardReader(tars, family)
-    if (folder / FILE_NAME).is_file():
-        details = read_manifest(folder, "shards").details
+    reader = ShardReader(wanted, family)
+    if manifest is not None:
+        details = manifest.details
         samples = details["catalog"] if split == "catalog" else details["splits"][split]["contents"]
         if len(reader) != samples:
             raise UserError(
@@ -272,23 +433,79 @@ def open_shards(folder: Path | str, family: Family, split: Split) -> ShardReader
     return reader
 
 
-def _read_index(tar: Path) -> pa.Table:
+def _split_of(tar: Place) -> str:
+    return tar.name.rsplit("-", 1)[0]
+
+
+def _find_tars(folder: Place, family: Family, manifest: Manifest | None) -> list[Place]:
+    """The tars of a family in their order, also those of which only the index lies in the folder.
+
+    Not every remote folder can be listed, so there the manifest's own list counts.
+    """
+    listed = manifest.details.get("files") if manifest else None
+    if is_remote(folder) and listed is not None:
+        names = sorted(name for name in listed if name.split("/")[0] == family)
+        return [joined(folder, name) for name in names]
+    tars = list_files(folder / family, "*.tar")
+    beside = {tar.name for tar in tars}
+    for index in list_files(folder / family, "*.parquet"):
+        tar = index.with_suffix(".tar")
+        if tar.name not in beside and _is_of_a_foreign_tar(index):
+            tars.append(tar)
+    return sorted(tars, key=str)
+
+
+def _is_of_a_foreign_tar(index: Place) -> bool:
+    try:
+        return TAR_PLACE in (pq.read_schema(local_copy(index)).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False  # as any other file that happens to lie there
+
+
+@dataclass(frozen=True)
+class _Index:
+    table: pa.Table
+    tar: Place
+    tar_bytes: int
+
+
+def _read_index(tar: Place) -> _Index:
     path = index_path(tar)
     mend = "make the shards anew with data_prep/make_shards.py"
-    if not path.is_file():
-        raise UserError(f"{tar}: has no index {path.name} beside it; {mend}")
     try:
-        table = pq.read_table(path)
-        expected = int(table.schema.metadata[_TAR_BYTES])
-        table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        table = pq.read_table(local_copy(path))
+    except FileNotFoundError:
+        raise UserError(f"{tar}: has no index {path.name} beside it; {mend}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not the index of a shard ({error}); {mend}") from None
+    try:
+        metadata = table.schema.metadata
+        expected = int(metadata[TAR_BYTES])
+        columns = [
+            *INDEX_SCHEMA,
+            *([META_COLUMN] if META_COLUMN.name in table.column_names else []),
+        ]
+        schema = pa.schema(columns)
+        table = table.select(schema.names).cast(schema)
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the index of a shard ({error}); {mend}") from None
-    found = tar.stat().st_size
+    if TAR_PLACE in metadata:
+        tar = joined(path.parent, metadata[TAR_PLACE].decode())
+    if isinstance(tar, Path):
+        try:
+            _check_size(tar, tar.stat().st_size, expected)
+        except FileNotFoundError:
+            raise UserError(f"{path}: is the index of {tar}, which is not there") from None
+    return _Index(table, tar, expected)
+
+
+def _check_size(tar: Place, found: int, expected: int) -> None:
     if found != expected:
         raise UserError(
-            f"{tar}: has {found} bytes, but its index was made for a tar of {expected}; {mend}"
+            f"{tar}: has {found} bytes, but its index was made for a tar of {expected}; make the "
+            f"shards anew with data_prep/make_shards.py, or the index of a foreign tar with "
+            f"`mmrec shards index`"
         )
-    return table
 
 
 def _position(names: list[str], name: str) -> int:

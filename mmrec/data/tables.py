@@ -6,25 +6,27 @@
 | contents | content_id, title, video (a path or URL) or images (list); further columns are kept |
 | links    | content_id, product_id, weight (> 0, default 1), split (train, val or test)         |
 
-Paths are relative to the tables' folder. In CSV a list is a JSON array or paths joined by `|`.
+Paths are relative to the tables' folder, which may be a URL. In CSV a list is a JSON array, or paths
+joined by `|`.
 """
 
 # pyright: reportAttributeAccessIssue=false
 # pyarrow.compute makes its functions at run time, where pyright does not see them.
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from mmrec.data.storage import Place, is_file, local_copy, media_address, place
 from mmrec.errors import UserError
 from mmrec.manifest import (
     FILE_NAME,
@@ -63,7 +65,7 @@ class Tables:
     has it.
     """
 
-    root: Path
+    root: Place
     """The folder that relative media paths start from."""
     products: pa.Table
     contents: pa.Table
@@ -73,7 +75,7 @@ class Tables:
 
     def path_of(self, media: str) -> str:
         """The place of a media file: URLs as they are, paths joined to the tables' folder."""
-        return media if "://" in media else os.path.join(self.root, media)
+        return media_address(self.root, media)
 
     @property
     def attribute_columns(self) -> list[str]:
@@ -81,36 +83,48 @@ class Tables:
         return [name for name in self.products.column_names if name not in _KNOWN["products"]]
 
 
-def read_tables(folder: Path | str) -> Tables:
-    """Read and validate the three tables of a folder.
+def read_tables(folder: Place | str) -> Tables:
+    """Read and validate the three tables of a folder, local or remote.
 
     Raises `UserError` naming file, row and column for: a missing table, a missing or misspelt
     column, an empty or duplicate id, a link to an unknown id, a weight that is not positive, a
     split that is not train, val or test or that differs between links of one content, and a content
     without media.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    folder = place(folder)
+    if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; expected one with products, contents and links tables"
         )
     paths = {name: _find_table(folder, name) for name in TABLE_NAMES}
-    raw = {name: _read_file(path) for name, path in paths.items()}
-    for name, table in raw.items():
-        _check_columns(paths[name], name, table)
-    products = _normalise(paths["products"], raw["products"], text=["title"], lists=["images"])
-    contents = _normalise(
-        paths["contents"], raw["contents"], text=["title", "video"], lists=["images"]
-    )
-    links = _normalise_links(paths["links"], raw["links"])
-    _check_ids(paths["products"], products, "product_id")
-    _check_ids(paths["contents"], contents, "content_id")
-    _check_media(paths["products"], products, paths["contents"], contents)
+    products = read_products(paths["products"])
+    contents = _read_table(paths["contents"], "contents", text=["title", "video"])
+    links = _normalise_links(paths["links"], _read_file(paths["links"], "links"))
+    _check_media(paths["contents"], contents)
     _check_links(paths, products, contents, links)
     fingerprint = fingerprint_of({name: hash_file(path) for name, path in paths.items()})
     return Tables(
         root=folder, products=products, contents=contents, links=links, fingerprint=fingerprint
     )
+
+
+def read_products(path: Place) -> pa.Table:
+    """Read and validate a products table alone. Raises `UserError` as `read_tables` does."""
+    products = _read_table(path, "products", text=["title"])
+    row = _row(pc.equal(pc.list_value_length(products["images"]), 0))
+    if row:
+        product = products["product_id"][row - 1].as_py()
+        raise UserError(f"{path}: row {row}: product '{product}' has no images")
+    return products
+
+
+def _read_table(path: Place, name: str, *, text: list[str]) -> pa.Table:
+    """A table with an id, text columns and a list of images, its known columns typed and first."""
+    table = _read_file(path, name)
+    id_column = f"{name.removesuffix('s')}_id"
+    table = _normalise(path, table, id_column, text=text, lists=["images"])
+    _check_ids(path, table, id_column)
+    return table
 
 
 def write_tables(
@@ -138,16 +152,17 @@ def write_tables(
 
 def tables_manifest(tables: Tables) -> Manifest:
     """The manifest of a tables' folder; one is made up for tables that somebody else wrote."""
-    if (tables.root / FILE_NAME).is_file():
+    if is_file(tables.root / FILE_NAME):
         manifest = read_manifest(tables.root, "tables")
         if manifest.fingerprint == tables.fingerprint:
             return manifest
     return Manifest(kind="tables", config={}, counts={}, fingerprint=tables.fingerprint)
 
 
-def _find_table(folder: Path, name: str) -> Path:
+def _find_table(folder: Place, name: str) -> Place:
+    # By name, since not every remote folder can be listed.
     candidates = [folder / f"{name}{suffix}" for suffix in FORMATS]
-    found = [path for path in candidates if path.is_file()]
+    found = [path for path in candidates if is_file(path)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -157,21 +172,29 @@ def _find_table(folder: Path, name: str) -> Path:
     raise UserError(f"{folder}: has no {name} table; expected {names}")
 
 
-def _read_file(path: Path) -> pa.Table:
+def _read_file(path: Place, name: str) -> pa.Table:
+    """A table as its file has it, once its columns are known to be the right ones."""
+    table = _parse_file(path, name)
+    _check_columns(path, name, table)
+    return table
+
+
+def _parse_file(path: Place, name: str) -> pa.Table:
     try:
+        file = local_copy(path)
         if path.suffix == ".parquet":
-            return pq.read_table(path)
+            return pq.read_table(file)
         if path.suffix == ".csv":
             # Ids such as 00123 must not become numbers, so the known columns are read as text.
-            known = dict.fromkeys(_KNOWN[path.stem], pa.string())
+            known = dict.fromkeys(_KNOWN[name], pa.string())
             return pyarrow.csv.read_csv(
-                path,
+                file,
                 parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
                 convert_options=pyarrow.csv.ConvertOptions(
                     column_types=known, strings_can_be_null=True, null_values=[""]
                 ),
             )
-        return pyarrow.json.read_json(path)
+        return pyarrow.json.read_json(file)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         kind = path.suffix[1:]
         raise UserError(f"{path}: cannot be read as {kind}: {_first_line(error)}") from None
@@ -181,7 +204,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _check_columns(path: Path, name: str, table: pa.Table) -> None:
+def _check_columns(path: Place, name: str, table: pa.Table) -> None:
     found = table.column_names
     missing = [column for column in _REQUIRED[name] if column not in found]
     if name == "contents" and not {"video", "images"} & set(found):
@@ -216,9 +239,10 @@ def _closest(wanted: str, columns: list[str], *, cutoff: float) -> str | None:
     return plain[close[0]] if close else None
 
 
-def _normalise(path: Path, table: pa.Table, *, text: list[str], lists: list[str]) -> pa.Table:
+def _normalise(
+    path: Place, table: pa.Table, id_column: str, *, text: list[str], lists: list[str]
+) -> pa.Table:
     """Give the known columns their types and put them first."""
-    id_column = f"{path.stem.removesuffix('s')}_id"
     columns: dict[str, pa.Array | pa.ChunkedArray] = {id_column: _as_text(path, table, id_column)}
     for name in text:
         column = _as_text(path, table, name) if name in table.column_names else None
@@ -234,14 +258,14 @@ def _normalise(path: Path, table: pa.Table, *, text: list[str], lists: list[str]
     return pa.table(columns)
 
 
-def _as_text(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+def _as_text(path: Place, table: pa.Table, name: str) -> pa.ChunkedArray:
     try:
         return table[name].cast(pa.string())
     except pa.ArrowException:
         raise UserError(f"{path}: column '{name}' is {table[name].type}, expected text") from None
 
 
-def _as_lists(path: Path, table: pa.Table, name: str) -> pa.Array | pa.ChunkedArray:
+def _as_lists(path: Place, table: pa.Table, name: str) -> pa.Array | pa.ChunkedArray:
     list_type = pa.list_(pa.string())
     if name not in table.column_names or pa.types.is_null(table[name].type):
         return pa.array([[]] * len(table), list_type)
@@ -249,22 +273,50 @@ def _as_lists(path: Path, table: pa.Table, name: str) -> pa.Array | pa.ChunkedAr
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        cells = [_split_list(path, row, cell) for row, cell in enumerate(column.to_pylist())]
-        return pa.array(cells, list_type)
+        return _split_lists(path, column)
     try:
         lists = pc.coalesce(column.cast(list_type), pa.scalar([], list_type))
-        entries = pc.utf8_trim_whitespace(pc.list_flatten(lists))
-        if pc.any(pc.fill_null(pc.equal(entries, ""), True)).as_py():
-            cells = [[part for part in cell if part and part.strip()] for cell in lists.to_pylist()]
-            lists = pa.array(cells, list_type)
-        return lists
     except pa.ArrowException:
         raise UserError(
             f"{path}: column '{name}' is {column.type}, expected a list of paths or URLs"
         ) from None
+    return pa.chunked_array([_without_blanks(chunk) for chunk in lists.chunks], list_type)
 
 
-def _split_list(path: Path, row: int, cell: str | None) -> list[str]:
+def _split_lists(path: Place, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The lists that cells of text hold, a chunk at a time: cells as Python strings take much room."""
+    list_type = pa.list_(pa.string())
+    chunks = []
+    row = 0
+    for chunk in column.cast(pa.string()).chunks:
+        if pc.any(pc.starts_with(chunk, "[")).as_py():
+            cells = [_split_list(path, row + i, cell) for i, cell in enumerate(chunk.to_pylist())]
+            chunks.append(pa.array(cells, list_type))
+        else:
+            parts = pc.split_pattern(pc.fill_null(chunk, ""), "|")
+            trimmed = pc.utf8_trim_whitespace(parts.flatten())
+            lists = pa.ListArray.from_arrays(_offsets(pc.list_value_length(parts)), trimmed)
+            chunks.append(_without_blanks(lists))
+        row += len(chunk)
+    return pa.chunked_array(chunks, list_type)
+
+
+def _without_blanks(lists: pa.ListArray) -> pa.ListArray:
+    """The same lists without entries that are null or blank."""
+    entries = lists.flatten()
+    kept = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(entries), ""), False)
+    if pc.all(kept).as_py():
+        return lists
+    rows = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
+    lengths = np.bincount(rows[kept.to_numpy(zero_copy_only=False)], minlength=len(lists))
+    return pa.ListArray.from_arrays(_offsets(lengths), entries.filter(kept))
+
+
+def _offsets(lengths: Any) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+
+
+def _split_list(path: Place, row: int, cell: str | None) -> list[str]:
     if not cell:
         return []
     is_json = cell.startswith('["') or (cell.startswith("[") and cell.endswith("]"))
@@ -276,7 +328,7 @@ def _split_list(path: Path, row: int, cell: str | None) -> list[str]:
         raise UserError(f"{path}: row {row + 1}: '{cell}' is not a JSON array of paths") from None
 
 
-def _normalise_links(path: Path, table: pa.Table) -> pa.Table:
+def _normalise_links(path: Place, table: pa.Table) -> pa.Table:
     columns = {name: _as_text(path, table, name) for name in ("content_id", "product_id")}
     if "weight" in table.column_names:
         try:
@@ -298,7 +350,7 @@ def _row(mask: pa.ChunkedArray | pa.Array) -> int | None:
     return None if position < 0 else position + 1
 
 
-def _check_ids(path: Path, table: pa.Table, column: str) -> None:
+def _check_ids(path: Place, table: pa.Table, column: str) -> None:
     if not len(table):
         raise UserError(f"{path}: has no rows")
     ids = table[column]
@@ -314,11 +366,7 @@ def _check_ids(path: Path, table: pa.Table, column: str) -> None:
         )
 
 
-def _check_media(products_path: Path, products: pa.Table, path: Path, contents: pa.Table) -> None:
-    row = _row(pc.equal(pc.list_value_length(products["images"]), 0))
-    if row:
-        product = products["product_id"][row - 1].as_py()
-        raise UserError(f"{products_path}: row {row}: product '{product}' has no images")
+def _check_media(path: Place, contents: pa.Table) -> None:
     no_images = pc.equal(pc.list_value_length(contents["images"]), 0)
     row = _row(pc.and_(pc.is_null(contents["video"]), no_images))
     if row:
@@ -327,7 +375,7 @@ def _check_media(products_path: Path, products: pa.Table, path: Path, contents: 
 
 
 def _check_links(
-    paths: Mapping[str, Path], products: pa.Table, contents: pa.Table, links: pa.Table
+    paths: Mapping[str, Place], products: pa.Table, contents: pa.Table, links: pa.Table
 ) -> None:
     path = paths["links"]
     if not len(links):
@@ -349,7 +397,7 @@ def _check_links(
         _check_splits(path, links)
 
 
-def _check_pairs(path: Path, links: pa.Table) -> None:
+def _check_pairs(path: Place, links: pa.Table) -> None:
     pairs = links.group_by(["content_id", "product_id"]).aggregate([([], "count_all")])
     row = _row(pc.greater(pairs["count_all"], 1))
     if row:
@@ -360,7 +408,7 @@ def _check_pairs(path: Path, links: pa.Table) -> None:
         )
 
 
-def _check_splits(path: Path, links: pa.Table) -> None:
+def _check_splits(path: Place, links: pa.Table) -> None:
     known = pc.fill_null(pc.is_in(links["split"], value_set=pa.array(SPLITS)), False)
     row = _row(pc.invert(known))
     if row:

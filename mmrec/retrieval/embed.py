@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mmrec import distributed
 from mmrec.data.batches import item_loader
 from mmrec.data.shards import ShardReader, open_shards
+from mmrec.data.storage import Place
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
@@ -217,7 +218,7 @@ def read_embeddings(folder: Path | str) -> Embeddings:
     )
 
 
-def open_split(shards: Path, split: Split) -> ShardReader:
+def open_split(shards: Place, split: Split) -> ShardReader:
     """Open a split by its name alone: `catalog` is the products, the others are contents."""
     return open_shards(shards, "products" if split == "catalog" else "contents", split)
 

@@ -7,15 +7,20 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from servers import http_server, s3_server
 
 from mmrec.data import shards
 from mmrec.data.shards import (
     INDEX_SCHEMA,
+    META_COLUMN,
+    TAR_PLACE,
     ShardSample,
     frame_name,
     image_name,
@@ -23,10 +28,13 @@ from mmrec.data.shards import (
     index_shard,
     open_shards,
     product_image_name,
+    scan_tar,
     shard_path,
     write_shard,
 )
+from mmrec.data.storage import place, write_bytes_whole
 from mmrec.errors import UserError
+from mmrec.manifest import Manifest, write_manifest
 
 RNG = np.random.default_rng(0)
 
@@ -284,10 +292,286 @@ def test_tars_that_are_no_shards(tmp_path):
     path.write_bytes(b"noise" * 1_000)
     with pytest.raises(UserError, match="not a shard that mmrec reads"):
         index_shard(path)
-    for name, data in (("a.jpg", b"pixels"), ("a.json", b"{"), ("a.json", b'{"products": [{}]}')):
+    for name, data, message in (
+        ("a.jpg", b"pixels", "sample 'a' has no json that names its products"),
+        ("a.json", b"{", r"member 'a\.json' is not that of a shard"),
+        ("a.json", b'{"products": [{}]}', r"member 'a\.json'.*product_id"),
+        ("a.json", b'{"products": []}', r"member 'a\.json'.*expected product ids"),
+        ("a.json", b'{"product_id": 7}', r"member 'a\.json'.*as text"),
+    ):
         with tarfile.open(path, "w") as archive:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-        with pytest.raises(UserError, match=r"train-000000\.tar"):
+            add(archive, name, data)
+        with pytest.raises(UserError, match=rf"train-000000\.tar: {message}"):
             index_shard(path)
+
+
+# Tars that are refused
+
+
+def add(
+    archive: tarfile.TarFile, name: str, data: bytes = b'{"product_id": "p"}', **fields: Any
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def scanned(path: Path) -> dict[str, list[str]]:
+    return {sample.key: list(sample.members) for sample in scan_tar(path)}
+
+
+REFUSED: dict[str, tuple[list[tuple[str, dict[str, Any]]], str]] = {
+    "absolute": ([("/etc/a.json", {})], "'/etc/a.json' is refused: its name is absolute"),
+    "climbing": ([("a.json", {}), ("b/../../c.json", {})], "'b/../../c.json' .* climbs up"),
+    "climbing folder": ([("..", {"type": tarfile.DIRTYPE})], "'..' is refused: .* climbs up"),
+    "symbolic link": (
+        [("a.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})],
+        "'a.jpg' is refused: it is a link to '/etc/passwd'",
+    ),
+    "hard link": (
+        [("a.json", {}), ("b.json", {"type": tarfile.LNKTYPE, "linkname": "a.json"})],
+        "'b.json' is refused: it is a link to 'a.json'",
+    ),
+    "device": ([("a.jpg", {"type": tarfile.CHRTYPE})], "neither a file nor a folder"),
+    "pipe": ([("a.jpg", {"type": tarfile.FIFOTYPE})], "neither a file nor a folder"),
+    "twice": ([("a.jpg", {}), ("a.json", {}), ("a.jpg", {})], "'a.jpg' .* occurs twice"),
+    "twice but for case": ([("a.jpg", {}), ("a.JPG", {})], "'a.JPG' .* occurs twice"),
+    "not together": (
+        [("a.json", {}), ("b.json", {}), ("a.jpg", {})],
+        "'a.jpg' is refused: sample 'a' has ended before it",
+    ),
+    "a name of several lines": ([("../a\nb.jpg", {})], r"member '\.\./a\\nb\.jpg' is refused"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_tars_with_bad_members_are_refused_in_one_line(tmp_path, fault):
+    members, message = REFUSED[fault]
+    path = tmp_path / "train-000000.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, fields in members:
+            add(archive, name, **({"data": b""} if "type" in fields else {}), **fields)
+    for read in (scanned, index_shard):
+        with pytest.raises(UserError, match=rf"train-000000\.tar: .*{message}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_sparse_files_are_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "a.jpg",
+        "GNU.sparse.realsize": "1048576",
+    }
+    sparse_map = b"1\n1048064\n512\n".ljust(512, b"\0")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "GNUSparseFile.0/a.jpg", sparse_map + bytes(512), pax_headers=headers)
+    with pytest.raises(UserError, match=r"member 'a\.jpg' is refused: it is a sparse file"):
+        scanned(path)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        add(archive, "a\udcff.jpg")
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        scanned(path)
+
+
+@pytest.mark.parametrize("cut", ["in a member", "in a header", "between members", "at the mark"])
+def test_tars_that_were_cut_are_refused(tmp_path, cut):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a.jpg", "b.jpg"):
+            add(archive, name, bytes(700))
+    # Two members of a header and two blocks each, and then the mark.
+    place = {
+        "in a member": 2_500,
+        "in a header": 1_700,
+        "between members": 1_536,
+        "at the mark": 3_072,
+    }
+    os.truncate(path, place[cut])
+    with pytest.raises(UserError, match=r"x\.tar: not a shard that mmrec reads: .*"):
+        scanned(path)
+
+
+def test_a_tar_damaged_in_the_middle_is_not_taken_for_a_short_one(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a.jpg", "b.jpg", "c.jpg"):
+            add(archive, name)
+    data = bytearray(path.read_bytes())
+    data[1_024 + 148] ^= 1  # the checksum in b's header
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cut off or damaged at byte 1024"):
+        scanned(path)
+
+
+def test_a_negative_size_does_not_hang_the_reader(tmp_path):
+    path = tmp_path / "x.tar"
+    info = tarfile.TarInfo("a.jpg")
+    info.size = -512
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+    with pytest.raises(UserError, match=r"member 'a\.jpg' has a negative size"):
+        scanned(path)
+
+
+def test_a_compressed_tar_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
+        add(archive, "a.jpg")
+    with pytest.raises(UserError, match="not a shard that mmrec reads"):
+        scanned(tmp_path / "x.tar")
+
+
+def test_keys_and_names_are_those_of_webdataset(tmp_path):
+    path = tmp_path / "x.tar"
+    names = ("./a/b/000.jpg", "./a/b/000.P.json", "v1.0/001.tar.gz", "a.JPG", "__meta__/x.json")
+    with tarfile.open(path, "w") as archive:
+        add(archive, "a", b"", type=tarfile.DIRTYPE)
+        for name in (*names, "README", "__x__"):
+            add(archive, name)
+    theirs = {
+        sample["__key__"]: [name for name in sample if not name.startswith("__")]
+        for sample in webdataset.WebDataset([str(path)], shardshuffle=False)
+    }
+    assert scanned(path) == theirs
+    assert theirs == {
+        "./a/b/000": ["jpg", "p.json"],
+        "v1.0/001": ["tar.gz"],
+        "a": ["jpg"],
+    }
+
+
+# Reading from elsewhere
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def describe(folder: Path, *, with_files: bool) -> None:
+    """A manifest as data_prep/make_shards.py writes it."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.tar"))
+    details: dict[str, Any] = {"splits": {"train": {"contents": 8}}, "catalog": 5}
+    details |= {"files": files} if with_files else {}
+    write_manifest(
+        folder, Manifest(kind="shards", config={}, counts={}, fingerprint="1", details=details)
+    )
+
+
+@pytest.mark.usefixtures("cache")
+def test_shards_behind_http_need_no_listing(folder):
+    describe(folder, with_files=True)
+    local = open_shards(folder, "contents", "train")
+    with http_server(folder) as server:
+        reader = open_shards(server.url, "contents", "train")
+        assert reader.keys == local.keys
+        assert reader.paths[2] == place(f"{server.url}/contents/train-000002.tar")
+        assert [path for _, path in server.requests if path.endswith(".tar")] == []
+        assert reader.read(4) == local.read(4)
+        assert reader.meta(7) == local.meta(7)
+        assert server.count("GET", "train-000001.tar") == 1
+        assert server.count("GET", "train-000000.tar") == 0
+        copy = pickle.loads(pickle.dumps(reader))
+        assert [copy.read(row) for row in range(8)] == [local.read(row) for row in range(8)]
+        assert [server.count("GET", f"train-00000{i}.tar") for i in range(3)] == [1, 1, 1]
+        assert len(open_shards(server.url, "products", "catalog")) == 5
+        with pytest.raises(UserError, match="no contents shards of split 'val'; found train"):
+            open_shards(server.url, "contents", "val")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_forked_process_fetches_by_itself(folder):
+    describe(folder, with_files=True)
+    before = [open_shards(folder, "contents", "train").read(row) for row in range(8)]
+    with http_server(folder) as server:
+        reader = open_shards(server.url, "contents", "train")
+        assert reader.read(0) == before[0]
+        pid = os.fork()
+        if pid == 0:
+            os._exit(int([reader.read(row) for row in range(8)] != before))
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_remote_tar_that_is_not_that_of_its_index(folder):
+    describe(folder, with_files=True)
+    with http_server(folder) as server:
+        reader = open_shards(server.url, "contents", "train")
+        os.truncate(shard_path(folder, "train", 1), 512)
+        with pytest.raises(UserError, match="has 512 bytes, but its index was made"):
+            reader.read(4)
+        shard_path(folder, "train", 2).unlink()
+        with pytest.raises(UserError, match=r"train-000002\.tar: no longer there"):
+            reader.read(7)
+        index_path(shard_path(folder, "train", 2)).unlink()
+        with pytest.raises(UserError, match=r"train-000002\.tar: has no index"):
+            open_shards(server.url, "contents", "train")
+
+
+def test_a_tar_that_leaves_the_cache_while_it_is_open_stays_readable(folder, cache):
+    describe(folder, with_files=True)
+    with http_server(folder) as server:
+        reader = open_shards(server.url, "contents", "train")
+        before = reader.read(0)
+        for path in cache.iterdir():
+            path.unlink()
+        assert reader.read(0) == before
+        assert server.count("GET", "train-000000.tar") == 1
+        reader = open_shards(server.url, "contents", "train")
+        assert reader.read(0) == before
+        assert server.count("GET", "train-000000.tar") == 2
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("with_files", [True, False])
+def test_shards_in_a_bucket(folder, tmp_path, with_files):
+    describe(folder, with_files=with_files)
+    local = open_shards(folder, "contents", "train")
+    with s3_server(tmp_path / "log") as bucket:
+        for path in (*folder.glob("*/*"), folder / "manifest.json"):
+            write_bytes_whole(place(bucket) / "set" / path.relative_to(folder).as_posix(), path)
+        # A flag that is read as a path arrives with the slashes of its URL folded.
+        for given in (f"{bucket}/set", Path(f"{bucket}/set")):
+            reader = open_shards(given, "contents", "train")
+            assert [reader.read(row) for row in range(8)] == [local.read(row) for row in range(8)]
+        with pytest.raises(UserError, match="no contents shards of split 'test'; found train"):
+            open_shards(f"{bucket}/set", "contents", "test")
+
+
+def test_an_index_without_its_tar_is_passed_over_unless_it_says_where_that_is(folder):
+    tar, elsewhere = shard_path(folder, "train", 2), folder / "elsewhere.tar"
+    before = open_shards(folder, "contents", "train").read(7)
+    tar.rename(elsewhere)
+    (folder / "contents" / "notes.parquet").write_bytes(b"noise")
+    assert len(open_shards(folder, "contents", "train")) == 5
+    table = pq.read_table(index_path(tar))
+    metadata = {**(table.schema.metadata or {}), TAR_PLACE: b"../elsewhere.tar"}
+    pq.write_table(table.replace_schema_metadata(metadata), index_path(tar))
+    reader = open_shards(folder, "contents", "train")
+    assert reader.read(7) == before
+    assert reader.paths[2] == elsewhere.resolve()
+    elsewhere.unlink()
+    with pytest.raises(UserError, match=r"is the index of .*elsewhere\.tar, which is not there"):
+        open_shards(folder, "contents", "train")
+
+
+def test_an_index_may_hold_what_the_tar_does_not(folder):
+    path = index_path(shard_path(folder, "train", 0))
+    table = pq.read_table(path)
+    texts = pa.array(['{"title": "mine"}', *[None] * 3], META_COLUMN.type)
+    pq.write_table(table.append_column(META_COLUMN, texts), path)
+    reader = open_shards(folder, "contents", "train")
+    assert reader.meta(0) == {"title": "mine"}
+    assert [reader.meta(row)["title"] for row in (1, 7)] == ["Ünïcode 1", "Ünïcode 7"]
+    assert pickle.loads(pickle.dumps(reader)).meta(0) == {"title": "mine"}
+    for row in (-1, 8):
+        with pytest.raises(IndexError, match="of 8"):
+            reader.meta(row)

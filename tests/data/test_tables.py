@@ -9,7 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from servers import http_server, s3_server
 
+from mmrec.data.storage import place, write_bytes_whole
 from mmrec.data.tables import read_tables, tables_manifest, write_tables
 from mmrec.errors import UserError
 from mmrec.manifest import read_manifest
@@ -472,3 +474,75 @@ def test_a_path_may_start_with_a_bracket(tmp_path):
     products[0]["images"] = "[new] mug.jpg"
     write_all(tmp_path, suffix=".csv", products=products, contents=in_csv(CONTENTS, "|"))
     assert read_tables(tmp_path).products["images"][0].as_py() == ["[new] mug.jpg"]
+
+
+# Lists in text: by column where no cell is JSON, by cell where one is
+
+
+@pytest.mark.parametrize("with_json", [False, True])
+def test_lists_in_text_are_split_trimmed_and_rid_of_blanks(tmp_path, with_json):
+    cells = ["a.jpg", " b.jpg | c d.jpg|", "|", "e.jpg||f.jpg", None, " "]
+    lists = [["a.jpg"], ["b.jpg", "c d.jpg"], [], ["e.jpg", "f.jpg"], [], []]
+    if with_json:
+        cells.append('["g|h.jpg", "", "i.jpg"]')
+        lists.append(["g|h.jpg", "i.jpg"])
+    contents = [
+        {"content_id": f"c{i}", "video": f"{i}.mp4", "images": cell} for i, cell in enumerate(cells)
+    ]
+    links = [{"content_id": "c0", "product_id": "p1"}]
+    for suffix in (".parquet", ".csv"):
+        folder = tmp_path / suffix[1:]
+        folder.mkdir()
+        products = in_csv(PRODUCTS, "|") if suffix == ".csv" else PRODUCTS
+        write_all(folder, contents=contents, products=products, links=links, suffix=suffix)
+        assert read_tables(folder).contents["images"].to_pylist() == lists
+
+
+def test_blank_entries_leave_all_other_lists_as_they_are(tmp_path):
+    lists = [["a.jpg"], [" ", "b.jpg", None], None, [""], ["c.jpg", "d.jpg"]]
+    contents = [
+        {"content_id": f"c{i}", "video": f"{i}.mp4", "images": cell} for i, cell in enumerate(lists)
+    ]
+    write_all(tmp_path, contents=contents, links=[{"content_id": "c0", "product_id": "p1"}])
+    table = pq.read_table(tmp_path / "contents.parquet")
+    pq.write_table(table, tmp_path / "contents.parquet", row_group_size=2)
+    expected = [["a.jpg"], ["b.jpg"], [], [], ["c.jpg", "d.jpg"]]
+    assert read_tables(tmp_path).contents["images"].to_pylist() == expected
+
+
+# Tables elsewhere
+
+
+def test_tables_behind_http(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "t").mkdir()
+    local = write_tables(
+        tmp_path / "t", products=PRODUCTS, contents=CONTENTS, links=LINKS, config={}, counts={}
+    )
+    with http_server(tmp_path) as server:
+        url = f"{server.url}/t"
+        tables = read_tables(url)
+        assert tables.fingerprint == local.fingerprint
+        assert tables.contents.to_pylist() == local.contents.to_pylist()
+        assert tables.path_of("a/b 1.jpg") == f"{url}/a/b%201.jpg"
+        assert tables.path_of("../b.jpg") == f"{server.url}/b.jpg"
+        assert tables.path_of("s3://bucket/b.jpg") == "s3://bucket/b.jpg"
+        assert tables_manifest(tables) == read_manifest(tmp_path / "t")
+        with pytest.raises(UserError, match=rf"{server.url}/x: has no products table"):
+            read_tables(f"{server.url}/x")
+        write(tmp_path / "t", "links", changed(LINKS, 1, product_id="p9"))
+        with pytest.raises(UserError, match=rf"{url}/links\.parquet: row 2: product_id 'p9'"):
+            read_tables(url)
+
+
+def test_tables_in_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    write_all(
+        tmp_path, suffix=".csv", products=in_csv(PRODUCTS, "|"), contents=in_csv(CONTENTS, "|")
+    )
+    with s3_server(tmp_path / "log") as bucket:
+        for path in tmp_path.glob("*.csv"):
+            write_bytes_whole(place(f"{bucket}/t/{path.name}"), path)
+        tables = read_tables(f"{bucket}/t")
+        assert tables.links.to_pylist() == LINKS
+        assert tables.path_of("b.jpg") == f"{bucket}/t/b.jpg"

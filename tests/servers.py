@@ -1,0 +1,162 @@
+"""Servers that tests read from and write to: a local HTTP server, and moto's S3 server."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
+
+import pytest
+
+BUCKET = "mmrec-test"
+
+
+@dataclass
+class HttpServer:
+    """A folder served over HTTP."""
+
+    url: str
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path of every request so far."""
+    cut: int = 0
+    """How many of the next GETs lose their connection half-way."""
+
+    def count(self, method: str, suffix: str) -> int:
+        """How many requests of a method asked for paths with that ending."""
+        return sum(m == method and path.endswith(suffix) for m, path in self.requests)
+
+
+@contextmanager
+def http_server(folder: Path) -> Iterator[HttpServer]:
+    """Serve the files of a folder; byte ranges are honoured, and folders are not listed."""
+    served = HttpServer("")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, folder, served))
+    served.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Files(BaseHTTPRequestHandler):
+    def __init__(self, folder: Path, served: HttpServer, *arguments: object) -> None:
+        self._folder = folder
+        self._served = served
+        super().__init__(*arguments)  # pyright: ignore[reportArgumentType]
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def _answer(self, *, with_body: bool) -> None:
+        name = unquote(urlsplit(self.path).path).lstrip("/")
+        self._served.requests.append((self.command, name))
+        path = self._folder / name
+        if not path.is_file():
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        data = path.read_bytes()
+        stretch = self._range(len(data))
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if stretch else HTTPStatus.OK)
+        if stretch:
+            self.send_header(
+                "Content-Range", f"bytes {stretch.start}-{stretch.stop - 1}/{len(data)}"
+            )
+            data = data[stretch.start : stretch.stop]
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
+        self.end_headers()
+        if with_body and self._served.cut:
+            self._served.cut -= 1
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+        elif with_body:
+            self.wfile.write(data)
+
+    def _range(self, size: int) -> range | None:
+        unit, _, stretch = self.headers.get("Range", "").partition("=")
+        if unit != "bytes":
+            return None
+        first, _, last = stretch.partition("-")
+        if not first:
+            return range(max(0, size - int(last)), size)
+        return range(int(first), min(int(last) + 1, size) if last else size)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def s3_server(log: Path) -> Iterator[str]:
+    """Run moto's S3 server in a process of its own, with one bucket; yields the bucket's URL.
+
+    Skips the test where moto or s3fs is missing. The environment names the server and made-up
+    credentials meanwhile, for this process and those that it starts.
+    """
+    for package in ("moto", "flask", "s3fs"):
+        if find_spec(package) is None:
+            pytest.skip(f"the S3 server needs {package}: pip install 'mmrec[dev]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (
+        open(log, "wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as process,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        try:
+            _wait_for(endpoint, process, log)
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            _make_bucket()
+            yield f"s3://{BUCKET}"
+        finally:
+            process.terminate()
+
+
+def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(600):
+        try:
+            with urlopen(f"{endpoint}/moto-api/", timeout=5):
+                return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+    raise TimeoutError(log.read_text())
+
+
+def _make_bucket() -> None:
+    import s3fs
+
+    # An instance of an earlier server must not be taken for this one.
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir(BUCKET)
