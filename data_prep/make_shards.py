@@ -1,73 +1,106 @@
 """Turn tables and media into shards that training reads: decode once, read many times.
 
 Input: a tables folder (mmrec/data/tables.py). Output: a shards folder (mmrec/data/shards.py) with
-every product in `products/`, the contents of each split in `contents/`, what was left out in
-`dropped.parquet`, and a manifest. The same tables give the same bytes with any number of workers.
+every product in `products/`, the contents of each split in `contents/`, facts about every sample in
+`samples.parquet`, what was left out in `dropped.parquet`, and a manifest. Either may be a URL. The same
+tables give the same bytes with any number of workers, on one machine or on Ray.
 
     python data_prep/make_shards.py --tables runs/demo/tables --out runs/demo/shards
 
-Takes about 10 s for 1,000 clips of 112 pixels on 2 cores; prints how many samples went where.
+Work in progress lies beside the output, in `.NAME.unfinished` (for a URL in `NAME.unfinished`): the same
+command run again after any kind of end goes on from there. Takes about 10 s for 1,000 clips of 112
+pixels on 2 cores; prints how many samples went where.
 """
 
-import hashlib
-import itertools
+import fcntl
+import io
+import json
 import math
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from jaxtyping import UInt8
 from tqdm import tqdm
 
+import mmrec
 from mmrec.cli import run_program
-from mmrec.data.media import decode_video, encode_jpeg, read_image, resize_shorter
-from mmrec.data.shards import (
-    ShardReader,
-    ShardSample,
-    Split,
-    frame_name,
-    image_name,
-    open_shards,
-    product_image_name,
-    shard_path,
-    write_shard,
+from mmrec.data.duplicates import group_duplicates
+from mmrec.data.engines import EngineName, run_tasks
+from mmrec.data.media import FrameConfig, FramePolicy
+from mmrec.data.preparation import (
+    DecodeConfig,
+    DecodeTask,
+    Media,
+    Packed,
+    PackTask,
+    Stored,
+    read_part,
 )
-from mmrec.data.tables import SPLITS, TABLE_NAMES, Tables, read_tables
-from mmrec.errors import MediaError, UserError
+from mmrec.data.shards import frame_name, image_name, product_image_name, shard_path
+from mmrec.data.splits import (
+    SPLITS,
+    Split,
+    SplitConfig,
+    assign_splits,
+    check_filled,
+    check_splits,
+    cold_products,
+    held_out_from,
+    make_claims,
+    straddling,
+)
+from mmrec.data.storage import Place, is_file, is_remote, place, read_bytes, write_bytes_whole
+from mmrec.data.tables import TABLE_NAMES, Tables, read_tables
+from mmrec.errors import UserError
 from mmrec.manifest import (
+    FILE_NAME,
     Manifest,
     Parent,
     check_output,
     fingerprint_of,
-    hash_file,
-    new_folder,
     relative_path,
     write_manifest,
 )
 
 NO_LINK = "no link"
 NO_PRODUCT_LEFT = "no product left"
+LOOKS_LIKE_LATER = "near duplicate of a later split"
+NO_FAULT = (NO_LINK, LOOKS_LIKE_LATER)  # left out by design: not held against --max-dropped
 DROPPED_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "kind", "reason", "detail")])
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),  # content or product
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.int32()),
+        ("row", pa.int32()),  # in its split, over all shards
+        ("width", pa.int32()),  # of the original
+        ("height", pa.int32()),
+        ("duration", pa.float64()),  # seconds; 0 for still images
+        ("num_frames", pa.int64()),  # in the original
+        ("num_pictures", pa.int32()),  # kept
+        ("num_bytes", pa.int64()),  # of its own pictures
+        ("has_title", pa.bool_()),
+        ("num_links", pa.int32()),  # of a content; of a product, those that train
+        ("group", pa.string()),  # of near duplicates: the id of its first content, null if alone
+        ("cold", pa.bool_()),  # a product held out of training, or a content of one
+    ]
+)
 MOST_LISTED = 1_000  # drops in the manifest; dropped.parquet has them all
-SAMPLES_PER_TASK = 16  # half a second of decoding: far above the cost of passing a task around
-TASKS_AHEAD = 4  # per worker: enough to keep them busy, few enough to hold in memory
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+SAMPLES_PER_PART = 64  # seconds of decoding: far above the cost of a task, and little to do again
+SUBTITLES = "subtitles"  # a text column that is read from the media
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeShardsConfig:
+class MakeShardsConfig(SplitConfig):
     """What goes into the shards."""
 
     tables: Path
@@ -75,27 +108,47 @@ class MakeShardsConfig:
     out: Path
     """Folder for the shards."""
     num_frames: int = 8
-    """Frames kept of a clip, or images of a photo post; a shorter clip gives all it has."""
+    """Most frames kept of a clip, or images of a photo post; a shorter clip gives all it has."""
+    frame_policy: FramePolicy = "uniform"
+    """Which frames: spread over the clip, keyframes alone (fast), or frames that differ (scenes)."""
+    frames_per_second: float | None = None
+    """Keep frames by rate instead of number, but never more than --num-frames."""
     size: int = 256
     """Shorter side of frames and product images, in pixels; smaller ones are not enlarged."""
     max_images_per_product: int = 4
     """Images kept of a product: the first ones that can be read."""
     max_products_per_content: int = 4
     """Linked products whose images a content carries: those of the largest weights."""
+    text_columns: tuple[str, ...] = ("title",)
+    """Columns of contents that make up a content's text, in order; `subtitles` stands for captions
+    beside a clip (clip.srt, clip.vtt) or inside it."""
     samples_per_shard: int = 1_000
     """Samples in one tar; the last of a split may hold fewer."""
-    val: float = 0.1
-    """Share of contents for validation, by hash of their ids, where links have no split column."""
-    test: float = 0.1
-    """Share of contents for the test, likewise."""
     jpeg_quality: int = 90
     """Quality of stored JPEGs, from 1 to 100."""
+    timeout_s: float = 120.0
+    """Longest time for decoding one sample; a decoder that takes longer is ended, the sample dropped."""
+    memory_gb: float = 4.0
+    """Most memory for decoding one sample, in GiB, likewise."""
+    engine: EngineName = "local"
+    """This machine, or a Ray cluster that reaches the same tables and output."""
+    address: str | None = None
+    """Address of the Ray cluster; None takes the one Ray finds, or starts one here."""
     num_workers: int = 0
     """Processes that decode; 0 takes one per core."""
     max_dropped: float = 0.05
     """Largest share of products, or of linked contents, that may be dropped before this fails."""
+    restart: bool = False
+    """Throw away the unfinished work of an earlier command."""
     overwrite: bool = False
     """Replace an output folder that is there."""
+
+
+# What may change between an interrupted command and the one that goes on with its work.
+_FREE_ON_RESUME = (
+    *("tables", "out", "engine", "address", "num_workers"),
+    *("max_dropped", "restart", "overwrite"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,87 +163,39 @@ class Drop:
     detail: str
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What a worker made of one sample's media."""
-
-    jpegs: list[bytes]
-    times: list[float] = field(default_factory=list)
-    """Seconds into the clip, one per JPEG; empty for still images."""
-    faults: list[tuple[str, str]] = field(default_factory=list)
-    """Reason and detail of what could not be read; without a JPEG the sample is lost."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Media:
-    """Where one sample's media lie: a clip, or still images."""
-
-    video: str | None
-    images: list[str]
-    most: int
-    """Frames or images to keep."""
-
-
 Link = tuple[str, float]
 """A product's id and the link's weight."""
-Sample = tuple[Mapping[str, bytes], Mapping[str, Any]]
-"""JPEG bytes by member name, and what goes into the JSON member."""
+Row = dict[str, Any]
+"""A row of a table."""
 
 
 def main(config: MakeShardsConfig) -> Path:
     """Make the shards; returns their folder."""
-    # Config and plan: every mistake that the tables can show is found before anything is decoded.
+    # Config: every mistake that the tables can show is found before anything is decoded.
     _check_config(config)
-    check_output(config.out, kind="shards", overwrite=config.overwrite, inputs=[config.tables])
-    tables = read_tables(config.tables)
+    tables = read_tables(place(config.tables))
     links = _links_by_content(tables)
-    splits = _assign_splits(config, tables, links)
-    drops: list[Drop] = [
-        Drop(content_id, "content", NO_LINK, "")
-        for content_id in tables.contents["content_id"].to_pylist()
-        if content_id not in links
-    ]
+    has_column = "split" in tables.links.column_names
+    check_splits(config, has_column=has_column, columns=_further_columns(tables))
+    _check_text_columns(config, tables)
+    _check_filled_before(config, tables, links)
 
-    num_samples = len(tables.products) + len(links)
-    with (
-        new_folder(config.out, kind="shards", overwrite=config.overwrite) as folder,
-        _Decoder(config, num_samples) as decoder,
-    ):
-        # Products first: a content without a product that can be shown teaches nothing.
-        products = tables.products.to_pylist()
-        pictures = decoder.decode(
-            [_product_media(config, tables, row) for row in products], "products"
-        )
-        samples = _product_samples(products, pictures, drops)
-        _write_split(folder, "catalog", samples, config.samples_per_shard)
-        _check_dropped(config, "product", drops, len(products))
-        catalog = open_shards(folder, "products", "catalog")
-        links = _drop_dead_links(links, catalog, drops)
+    with _unfinished(config, tables) as work:
+        # Decode: parts in any order, on any machine.
+        parts = _decode_tasks(config, tables, links, work)
+        _decode(config, parts, len(tables.products), len(links))
+        products = _Survey("product", parts["product"])
+        contents = _Survey("content", parts["content"])
 
-        # Contents, a split at a time, in the order of the table.
-        rows = [row for row in tables.contents.to_pylist() if row["content_id"] in links]
-        num_linked = len(splits)
-        titles = {row["product_id"]: row["title"] for row in products}
-        inline = _InlineProducts(catalog, titles, config.max_products_per_content)
-        for split in sorted(set(splits.values()), key=SPLITS.index):
-            chosen = [row for row in rows if splits[row["content_id"]] == split]
-            pictures = decoder.decode(
-                [_content_media(config, tables, row) for row in chosen], split
-            )
-            samples = _content_samples(chosen, pictures, links, inline, drops)
-            num_shards = _write_split(folder, split, samples, config.samples_per_shard)
-            _check_dropped(config, "content", drops, num_linked)
-            if not num_shards:
-                raise UserError(
-                    f"split '{split}' is empty: all of its "
-                    f"{list(splits.values()).count(split)} contents were dropped"
-                )
+        # Plan: who stays, and in which split.
+        plan = _plan(config, tables, links, products, contents)
 
-        # Publish: what was left out, and the manifest.
-        table = pa.Table.from_pylist([asdict(drop) for drop in drops], DROPPED_SCHEMA)
-        pq.write_table(table, folder / "dropped.parquet")
-        manifest = _describe(config, tables, folder, drops)
-        write_manifest(folder, manifest)
+        # Pack and publish.
+        work.clear_output()
+        hashes = _pack(config, plan, work.folder)
+        _write_facts(config, work.folder, plan)
+        manifest = _describe(config, tables, plan, hashes)
+        work.publish(manifest)
     _print_summary(config, manifest)
     return config.out
 
@@ -199,132 +204,604 @@ def main(config: MakeShardsConfig) -> Path:
 
 
 def _check_config(config: MakeShardsConfig) -> None:
+    rate = config.frames_per_second
     checks = [
         (1 <= config.num_frames <= 100, "--num-frames", "from 1 to 100"),
+        (rate is None or 0 < rate <= 1000, "--frames-per-second", "above 0"),
         (config.size >= 16, "--size", "16 or more"),
         (config.max_images_per_product >= 1, "--max-images-per-product", "1 or more"),
         (config.max_products_per_content >= 1, "--max-products-per-content", "1 or more"),
         (config.samples_per_shard >= 1, "--samples-per-shard", "1 or more"),
         (1 <= config.jpeg_quality <= 100, "--jpeg-quality", "from 1 to 100"),
+        (config.timeout_s > 0, "--timeout-s", "above 0"),
+        (config.memory_gb >= 0.1, "--memory-gb", "0.1 or more"),
         (config.num_workers >= 0, "--num-workers", "0 or more"),
         (0 <= config.max_dropped <= 1, "--max-dropped", "from 0 to 1"),
-        (config.val >= 0 and config.test >= 0, "--val and --test", "0 or more"),
-        (config.val + config.test < 1, "--val and --test", "a sum below 1"),
     ]
     for holds, flag, expected in checks:
         if not holds:
             raise UserError(f"{flag}: expected {expected}")
 
 
-# Plan
+def _further_columns(tables: Tables) -> list[str]:
+    known = ("content_id", "title", "video", "images")
+    return [name for name in tables.contents.column_names if name not in known]
+
+
+def _check_text_columns(config: MakeShardsConfig, tables: Tables) -> None:
+    known = ["title", SUBTITLES, *_further_columns(tables)]
+    for name in config.text_columns:
+        if name not in known:
+            raise UserError(
+                f"--text-columns {name}: contents have no such column; expected some of "
+                f"{', '.join(dict.fromkeys(known))}"
+            )
+
+
+def _check_filled_before(
+    config: MakeShardsConfig, tables: Tables, links: Mapping[str, list[Link]]
+) -> None:
+    """Raise `UserError` for a split that stays empty even if nothing is dropped or moved."""
+    given = _given_splits(tables)
+    if given is not None:
+        check_filled(given, config, has_column=True)
+        return
+    rows = _linked(tables, links)
+    ids = rows["content_id"].to_pylist()
+    found = assign_splits(
+        config,
+        ids,
+        groups=range(len(ids)),
+        barred=[False] * len(ids),
+        values=rows[config.split_by].to_pylist() if config.split_by else None,
+    )
+    check_filled(dict(zip(ids, found, strict=True)), config, has_column=False)
+
+
+# Unfinished work
+
+
+class _Work:
+    """The folder of unfinished work: parts, and shards that are to be published."""
+
+    def __init__(self, config: MakeShardsConfig) -> None:
+        self.out = place(config.out)
+        self._overwrite = config.overwrite
+        if is_remote(self.out):
+            # Stores of objects cannot rename a folder: shards go where they will stay, and the manifest,
+            # without which nobody reads them, comes last.
+            self.root: Place = place(f"{self.out}.unfinished")
+            self.folder: Place = self.out
+        else:
+            self.root = self.out.with_name(f".{self.out.name}.unfinished")
+            self.folder = self.root / "shards"
+
+    def start(self, settings: Mapping[str, Any], *, restart: bool) -> None:
+        """Begin, or go on where the same settings left off. Raises `UserError` for other settings."""
+        plan = self.root / "plan.json"
+        if restart:
+            self.remove()
+        if not is_file(plan):
+            write_bytes_whole(plan, json.dumps(settings, indent=2, default=str).encode())
+            return
+        earlier = json.loads(read_bytes(plan))
+        mine = json.loads(json.dumps(settings, default=str))
+        differing = [
+            f"{name} was {earlier.get(name)}, is {mine.get(name)}"
+            for name in sorted({*earlier, *mine})
+            if earlier.get(name) != mine.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.root}: holds unfinished work of other settings ({'; '.join(differing)}); finish it "
+                "with those, or --restart throws it away"
+            )
+
+    def has_begun_at_url(self) -> bool:
+        """Whether an earlier command has begun to write shards in their final place, at a URL."""
+        begun = is_remote(self.out) and is_file(self.root / "plan.json")
+        return begun and not is_file(self.out / FILE_NAME)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Give the shards their final place, and remove the rest."""
+        if isinstance(self.folder, Path) and isinstance(self.out, Path):
+            # What a process that was killed was writing.
+            for leftover in self.folder.rglob(".*.tmp-*"):
+                leftover.unlink()
+            write_manifest(self.folder, manifest)
+            old = self.out.with_name(f".{self.out.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if self.out.exists():
+                self.out.rename(old)
+            self.folder.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, default=str)
+            write_bytes_whole(self.folder / FILE_NAME, text.encode())
+        self.remove()
+
+    def clear_output(self) -> None:
+        """Remove what was published at a URL, before shards are written over it."""
+        if is_remote(self.out) and is_file(self.out / FILE_NAME):
+            # The manifest first: without it nobody takes half of the old shards for shards.
+            (self.out / FILE_NAME).unlink()
+            self._remove(self.out)
+
+    def remove(self) -> None:
+        """Remove all unfinished work."""
+        self._remove(self.root)
+
+    @staticmethod
+    def _remove(path: Place) -> None:
+        if isinstance(path, Path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.fs.exists(path.path):
+            path.fs.rm(path.path, recursive=True)
+
+
+@contextmanager
+def _unfinished(config: MakeShardsConfig, tables: Tables) -> Iterator[_Work]:
+    """The folder of unfinished work, held by this process alone; it stays when the block fails."""
+    work = _Work(config)
+    if not work.has_begun_at_url():
+        check_output(
+            work.out, kind="shards", overwrite=config.overwrite, inputs=[place(config.tables)]
+        )
+    settings = {name: v for name, v in asdict(config).items() if name not in _FREE_ON_RESUME}
+    settings |= {"tables": tables.fingerprint, "mmrec": mmrec.__version__}
+    with _only_one(work):
+        work.start(settings, restart=config.restart)
+        yield work
+
+
+@contextmanager
+def _only_one(work: _Work) -> Iterator[None]:
+    """Refuse a second process on the same output of this machine."""
+    if not isinstance(work.root, Path):
+        yield
+        return
+    work.root.parent.mkdir(parents=True, exist_ok=True)
+    lock = work.root.with_name(f"{work.root.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            # The kernel lets go of it when the process ends, in whatever way.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{work.out}: another process is making these shards") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+# Decoding
 
 
 def _links_by_content(tables: Tables) -> dict[str, list[Link]]:
     """The products of every linked content with their weights, largest first."""
     links: dict[str, list[Link]] = {}
-    for row in tables.links.select(["content_id", "product_id", "weight"]).to_pylist():
-        links.setdefault(row["content_id"], []).append((row["product_id"], row["weight"]))
+    columns = [tables.links[name].to_pylist() for name in ("content_id", "product_id", "weight")]
+    for content, product, weight in zip(*columns, strict=True):
+        links.setdefault(content, []).append((product, weight))
     # The sort is stable, so links of equal weight keep the order of the table.
     return {content: sorted(found, key=lambda link: -link[1]) for content, found in links.items()}
 
 
-def _assign_splits(
-    config: MakeShardsConfig, tables: Tables, linked: Iterable[str]
-) -> dict[str, Split]:
-    """The split of every linked content. Raises `UserError` for an expected split that is empty."""
-    if "split" in tables.links.column_names:
-        pairs = zip(
-            tables.links["content_id"].to_pylist(), tables.links["split"].to_pylist(), strict=True
-        )
-        splits: dict[str, Split] = dict(pairs)
-        wanted = {"train"}
-        source = "the links table's split column"
-    else:
-        splits = {content: _split_of(content, config.val, config.test) for content in linked}
-        wanted = {"train"} | {s for s in ("val", "test") if getattr(config, s) > 0}
-        source = f"--val {config.val} and --test {config.test}"
-    for split in sorted(wanted - set(splits.values())):
-        raise UserError(
-            f"split '{split}' is empty: {source} put none of {len(splits)} contents in it; "
-            f"--{split} 0 goes without it, and a split column in links decides by hand"
-            if split != "train"
-            else f"split 'train' is empty: {source} put none of {len(splits)} contents in it"
-        )
-    return splits
+def _linked(tables: Tables, links: Mapping[str, list[Link]]) -> pa.Table:
+    """The contents that have a link, in the order of the table."""
+    return tables.contents.filter([c in links for c in tables.contents["content_id"].to_pylist()])
 
 
-def _split_of(content_id: str, val: float, test: float) -> Split:
-    """A split by hash, so that a content keeps its split when the tables grow."""
-    digest = hashlib.sha256(content_id.encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    return "test" if place < test else "val" if place < test + val else "train"
+def _decode_tasks(
+    config: MakeShardsConfig, tables: Tables, links: Mapping[str, list[Link]], work: _Work
+) -> dict[str, list[DecodeTask]]:
+    """Parts of products and of linked contents: slices of the tables, whoever decodes them."""
+    decoding = DecodeConfig(
+        frames=FrameConfig(
+            policy=config.frame_policy,
+            num_frames=config.num_frames,
+            frames_per_second=config.frames_per_second,
+        ),
+        size=config.size,
+        jpeg_quality=config.jpeg_quality,
+        subtitles=SUBTITLES in config.text_columns
+        and SUBTITLES not in tables.contents.column_names,
+        timeout_s=config.timeout_s,
+        memory_gb=config.memory_gb,
+    )
+    tasks: dict[str, list[DecodeTask]] = {}
+    for kind, table, most in (
+        ("product", tables.products, config.max_images_per_product),
+        ("content", _linked(tables, links), config.num_frames),
+    ):
+        tasks[kind] = [
+            DecodeTask(
+                str(work.root / "parts" / f"{kind}s-{start // SAMPLES_PER_PART:06d}"),
+                _media(tables, kind, table.slice(start, SAMPLES_PER_PART), most),
+                decoding,
+            )
+            for start in range(0, len(table), SAMPLES_PER_PART)
+        ]
+    return tasks
 
 
-# Samples
-
-
-def _product_media(config: MakeShardsConfig, tables: Tables, row: Mapping[str, Any]) -> Media:
-    images = [tables.path_of(image) for image in row["images"]]
-    return Media(video=None, images=images, most=config.max_images_per_product)
-
-
-def _content_media(config: MakeShardsConfig, tables: Tables, row: Mapping[str, Any]) -> Media:
+def _media(tables: Tables, kind: str, rows: pa.Table, most: int) -> list[Media]:
     """A content with a video is a clip, whatever images it has beside it (a cover, say)."""
-    if row["video"]:
-        return Media(video=tables.path_of(row["video"]), images=[], most=config.num_frames)
-    images = [tables.path_of(image) for image in row["images"]]
-    return Media(video=None, images=images, most=config.num_frames)
+    videos = rows["video"].to_pylist() if kind == "content" else [None] * len(rows)
+    columns = (rows[f"{kind}_id"].to_pylist(), videos, rows["images"].to_pylist())
+    return [
+        Media(
+            id=sample_id,
+            video=tables.path_of(video) if video else None,
+            images=[] if video else [tables.path_of(image) for image in images],
+            most=most,
+        )
+        for sample_id, video, images in zip(*columns, strict=True)
+    ]
 
 
-def _product_samples(
-    rows: Sequence[Mapping[str, Any]], decoded: Iterable[Pictures], drops: list[Drop]
-) -> Iterator[Sample]:
-    known = ("product_id", "title", "images")
-    for row, pictures in _surviving("product", rows, decoded, drops):
+def _decode(
+    config: MakeShardsConfig,
+    parts: Mapping[str, Sequence[DecodeTask]],
+    num_products: int,
+    num_contents: int,
+) -> None:
+    """Make all parts, and stop as soon as too much is lost."""
+    # Products first, for they are few: a catalogue with a wrong path fails in seconds.
+    tasks = [*parts["product"], *parts["content"]]
+    totals = {"product": num_products, "content": num_contents}
+    lost = Counter[str]()
+    with tqdm(total=sum(totals.values()), desc="decode", unit="sample", disable=None) as progress:
+        runs = run_tasks(
+            tasks, engine=config.engine, num_workers=config.num_workers, address=config.address
+        )
+        for number, report in runs:
+            progress.update(report.num_samples)
+            kind = "product" if number < len(parts["product"]) else "content"
+            lost[kind] += report.num_lost
+            if lost[kind] > config.max_dropped * totals[kind]:
+                done = [task for task in parts[kind] if is_file(place(f"{task.part}.parquet"))]
+                _check_dropped(config, kind, _Survey(kind, done).drops(), totals[kind])
+
+
+# Planning
+
+
+class _Survey:
+    """What the parts of a kind hold, a row per sample, in the order of the table they were made from."""
+
+    def __init__(self, kind: str, tasks: Sequence[DecodeTask]) -> None:
+        tables = [read_part(task.part) for task in tasks]
+        self.kind = kind
+        self.table = pa.concat_tables(tables)
+        self.ids: list[str] = self.table["id"].to_pylist()
+        self._sizes: list[list[int]] = self.table["sizes"].to_pylist()
+        self._offsets: list[int] = self.table["offset"].to_pylist()
+        counts = [len(table) for table in tables]
+        self._part_of = np.repeat(np.arange(len(tasks)), counts)
+        self._parts = [task.part for task in tasks]
+        self.place = {sample_id: number for number, sample_id in enumerate(self.ids)}
+
+    def num_pictures(self, number: int) -> int:
+        """How many pictures of a sample were kept."""
+        return len(self._sizes[number])
+
+    def num_bytes(self, number: int) -> int:
+        """And their size."""
+        return sum(self._sizes[number])
+
+    def stored(self, number: int) -> Stored:
+        """Where they are."""
+        part = self._parts[self._part_of[number]]
+        return Stored(part, self._offsets[number], self._sizes[number])
+
+    def drops(self) -> list[Drop]:
+        """Samples without a picture, and single pictures that were lost."""
+        found = []
+        for number, faults in enumerate(self.table["faults"].to_pylist()):
+            kept = self.num_pictures(number) > 0
+            for fault in faults if kept else faults[:1]:
+                kind = "image" if kept else self.kind
+                found.append(Drop(self.ids[number], kind, fault["reason"], fault["detail"]))
+        return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that was decided before packing."""
+
+    products: _Survey
+    contents: _Survey
+    catalog: list[int]
+    """Numbers of the products that are kept."""
+    splits: dict[Split, list[int]]
+    """Numbers of the contents of each split."""
+    links: Mapping[str, list[Link]]
+    groups: Mapping[str, str]
+    """Contents that have near duplicates, and the first content of their group."""
+    cold: set[str]
+    """Products held out of training on purpose."""
+    drops: list[Drop]
+    claims: dict[str, Any]
+    product_rows: pa.Table
+    content_rows: pa.Table
+
+
+def _plan(
+    config: MakeShardsConfig,
+    tables: Tables,
+    links: Mapping[str, list[Link]],
+    products: _Survey,
+    contents: _Survey,
+) -> _Plan:
+    linked = _linked(tables, links)
+    unlinked = set(tables.contents["content_id"].to_pylist()) - set(links)
+    drops = [
+        Drop(content_id, "content", NO_LINK, "")
+        for content_id in tables.contents["content_id"].to_pylist()
+        if content_id in unlinked
+    ]
+    # A content without a product that can be shown teaches nothing.
+    drops += products.drops()
+    _check_dropped(config, "product", drops, len(products.ids))
+    catalog = [n for n in range(len(products.ids)) if products.num_pictures(n)]
+    links, dead = _without_dead_links(links, {products.ids[n] for n in catalog})
+    drops += dead + contents.drops()
+    _check_dropped(config, "content", drops, len(contents.ids))
+    kept = [
+        number
+        for number, content_id in enumerate(contents.ids)
+        if content_id in links and contents.num_pictures(number)
+    ]
+    cold = cold_products(config, products.ids)
+    kept, groups, splits, copies = _split_apart(config, tables, linked, contents, kept, links, cold)
+    drops += copies
+    rows = linked.take(kept)
+    _check_none_lost(config, tables, splits, len(links))
+    by_split: dict[Split, list[int]] = {split: [] for split in SPLITS if split in set(splits)}
+    for number, split in zip(kept, splits, strict=True):
+        by_split[split].append(number)
+    values = rows[config.split_by].to_pylist() if config.split_by else None
+    claims = make_claims(
+        rows["content_id"].to_pylist(),
+        splits,
+        groups=groups,
+        links=links,
+        cold=cold,
+        values=values,
+        held_out_from=held_out_from(config, values) if values else None,
+    )
+    sizes = Counter(groups)
+    return _Plan(
+        products=products,
+        contents=contents,
+        product_rows=tables.products,
+        content_rows=linked,
+        catalog=catalog,
+        splits=by_split,
+        links=links,
+        groups={contents.ids[n]: g for n, g in zip(kept, groups, strict=True) if sizes[g] > 1},
+        cold=cold,
+        drops=drops,
+        claims=claims,
+    )
+
+
+def _without_dead_links(
+    links: Mapping[str, list[Link]], alive: set[str]
+) -> tuple[dict[str, list[Link]], list[Drop]]:
+    """Only links to products that are kept, and the contents that have none of those."""
+    kept: dict[str, list[Link]] = {}
+    drops = []
+    for content_id, found in links.items():
+        left = [link for link in found if link[0] in alive]
+        if left:
+            kept[content_id] = left
+        else:
+            lost = ", ".join(product_id for product_id, _ in found)
+            drops.append(Drop(content_id, "content", NO_PRODUCT_LEFT, lost))
+    return kept, drops
+
+
+def _split_apart(
+    config: MakeShardsConfig,
+    tables: Tables,
+    linked: pa.Table,
+    contents: _Survey,
+    kept: list[int],
+    links: Mapping[str, list[Link]],
+    cold: set[str],
+) -> tuple[list[int], list[str], list[Split], list[Drop]]:
+    """Contents with their groups and splits, without the copies that a split column leaves in two."""
+    drops: list[Drop] = []
+    while True:
+        groups = _group(contents, kept)
+        splits = _split(config, tables, linked.take(kept), groups, links, cold)
+        later = straddling(groups, splits) if config.near_duplicates == "together" else []
+        if not later:
+            return kept, groups, splits, drops
+        drops += [
+            Drop(contents.ids[kept[i]], "content", LOOKS_LIKE_LATER, f"group of {groups[i]}")
+            for i in later
+        ]
+        # Once more: two that were alike only through a third that is dropped are no group any longer.
+        gone = set(later)
+        kept = [number for i, number in enumerate(kept) if i not in gone]
+
+
+def _group(contents: _Survey, kept: Sequence[int]) -> list[str]:
+    """The group of near duplicates of each content that is kept, by the first id of those in it."""
+    # In the order of ids, which shards keep: whoever takes the groups again finds the same.
+    order = sorted(range(len(kept)), key=lambda i: contents.ids[kept[i]])
+    numbers = [kept[i] for i in order]
+    found = group_duplicates(contents.table["hashes"].take(numbers).to_pylist())
+    groups = [""] * len(kept)
+    for i, first in zip(order, found, strict=True):
+        groups[i] = contents.ids[numbers[first]]
+    return groups
+
+
+def _split(
+    config: MakeShardsConfig,
+    tables: Tables,
+    rows: pa.Table,
+    groups: Sequence[str],
+    links: Mapping[str, list[Link]],
+    cold: set[str],
+) -> list[Split]:
+    """The split of each of these contents, from the links table or by the config's rules."""
+    ids = rows["content_id"].to_pylist()
+    given = _given_splits(tables)
+    if given is not None:
+        return [given[content_id] for content_id in ids]
+    return assign_splits(
+        config,
+        ids,
+        groups=groups,
+        barred=[any(product in cold for product, _ in links[c]) for c in ids],
+        values=rows[config.split_by].to_pylist() if config.split_by else None,
+    )
+
+
+def _given_splits(tables: Tables) -> dict[str, Split] | None:
+    if "split" not in tables.links.column_names:
+        return None
+    columns = [tables.links[name].to_pylist() for name in ("content_id", "split")]
+    return dict(zip(*columns, strict=True))
+
+
+def _check_none_lost(
+    config: MakeShardsConfig, tables: Tables, splits: Sequence[Split], num_contents: int
+) -> None:
+    """Raise `UserError` for a split that had contents and has none left."""
+    given = _given_splits(tables)
+    if given is None:
+        wanted = {s for s in SPLITS if s == "train" or getattr(config, s) > 0}
+    else:
+        wanted = set(given.values())
+    for split in sorted(wanted - set(splits), key=SPLITS.index):
+        before = num_contents if given is None else sum(found == split for found in given.values())
+        which = "all of its" if given is not None else "none is left for it of"
+        raise UserError(
+            f"split '{split}' is empty: {which} {before} contents were dropped or moved"
+        )
+
+
+def _check_dropped(config: MakeShardsConfig, kind: str, drops: Sequence[Drop], total: int) -> None:
+    """Raise `UserError` where too many products, or linked contents, were dropped so far."""
+    lost = [drop for drop in drops if drop.kind == kind and drop.reason not in NO_FAULT]
+    if len(lost) <= config.max_dropped * total:
+        return
+    reasons = ", ".join(f"{reason} ({n})" for reason, n in _by_reason(lost)[:3])
+    raise UserError(
+        f"{place(config.tables)}: {len(lost)} of {total} {kind}s dropped, more than --max-dropped "
+        f"{config.max_dropped:g} allows: {reasons}; the first is {kind} '{lost[0].id}': "
+        f"{lost[0].reason}: {lost[0].detail} (a larger --max-dropped goes on from here)"
+    )
+
+
+def _by_reason(drops: Iterable[Drop]) -> list[tuple[str, int]]:
+    """Reasons with their counts, the commonest first."""
+    return Counter(drop.reason for drop in drops).most_common()
+
+
+# Packing
+
+
+class _Shards(Sequence[PackTask]):
+    """The shards to write; each is put together when it is asked for, since it names all its samples."""
+
+    def __init__(self, config: MakeShardsConfig, plan: _Plan, folder: Place) -> None:
+        self._config = config
+        self._plan = plan
+        self._folder = folder
+        self._titles = dict(
+            zip(
+                *(plan.product_rows[name].to_pylist() for name in ("product_id", "title")),
+                strict=True,
+            )
+        )
+        numbers: dict[str, list[int]] = {"catalog": plan.catalog, **plan.splits}
+        self._slices = [
+            (split, start, chosen[start : start + config.samples_per_shard])
+            for split, chosen in numbers.items()
+            for start in range(0, len(chosen), config.samples_per_shard)
+        ]
+        self.names = [
+            str(shard_path(Path(), split, start // config.samples_per_shard))
+            for split, start, _ in self._slices
+        ]
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    @overload
+    def __getitem__(self, number: int) -> PackTask: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[PackTask]: ...
+    def __getitem__(self, number: int | slice) -> PackTask | Sequence[PackTask]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        split, first, chosen = self._slices[number]
+        pack = self._product if split == "catalog" else self._content
+        table = self._plan.product_rows if split == "catalog" else self._plan.content_rows
+        rows = table.take(chosen).to_pylist()
+        samples = [pack(n, row) for n, row in zip(chosen, rows, strict=True)]
+        return PackTask(str(self._folder / self.names[number]), first, samples)
+
+    def num_samples(self, number: int) -> int:
+        """How many samples a shard has."""
+        return len(self._slices[number][2])
+
+    def _product(self, number: int, row: Row) -> Packed:
+        count = self._plan.products.num_pictures(number)
         meta = {
             "product_id": row["product_id"],
             "title": row["title"],
-            "attributes": _attributes(row, known),
-            "num_images": len(pictures.jpegs),
+            "attributes": _attributes(row, ("product_id", "title", "images")),
+            "num_images": count,
         }
-        yield {image_name(i): jpeg for i, jpeg in enumerate(pictures.jpegs)}, meta
+        stored = self._plan.products.stored(number)
+        return Packed([(stored, [image_name(i) for i in range(count)])], meta)
 
-
-def _content_samples(
-    rows: Sequence[Mapping[str, Any]],
-    decoded: Iterable[Pictures],
-    links: Mapping[str, list[Link]],
-    inline: "_InlineProducts",
-    drops: list[Drop],
-) -> Iterator[Sample]:
-    known = ("content_id", "title", "video", "images")
-    for row, pictures in _surviving("content", rows, decoded, drops):
-        members, products = inline.read(links[row["content_id"]])
+    def _content(self, number: int, row: Row) -> Packed:
+        contents, products = self._plan.contents, self._plan.products
+        facts = contents.table.slice(number, 1).to_pylist()[0]
+        count = contents.num_pictures(number)
+        pictures = [(contents.stored(number), [frame_name(t) for t in range(count)])]
+        entries = []
+        # All links are named, so that none is taken for a wrong answer; the heaviest bring images.
+        for p, (product_id, weight) in enumerate(self._plan.links[row["content_id"]]):
+            inline = 0
+            if p < self._config.max_products_per_content:
+                stored = products.stored(products.place[product_id])
+                inline = len(stored.sizes)
+                pictures.append((stored, [product_image_name(p, i) for i in range(inline)]))
+            entries.append(
+                {
+                    "product_id": product_id,
+                    "title": self._titles[product_id],
+                    "weight": weight,
+                    "num_images": inline,
+                }
+            )
         meta = {
             "content_id": row["content_id"],
-            "title": row["title"],
-            "frame_times": [round(time, 3) for time in pictures.times],
-            "products": products,
-            "attributes": _attributes(row, known),
+            "title": _text(self._config, row, facts["subtitles"]),
+            "frame_times": [round(time, 3) for time in facts["times"]],
+            "products": entries,
+            "attributes": _attributes(row, ("content_id", "title", "video", "images")),
         }
-        frames = {frame_name(t): jpeg for t, jpeg in enumerate(pictures.jpegs)}
-        yield frames | members, meta
+        return Packed(pictures, meta)
 
 
-def _surviving(
-    kind: str,
-    rows: Sequence[Mapping[str, Any]],
-    decoded: Iterable[Pictures],
-    drops: list[Drop],
-) -> Iterator[tuple[Mapping[str, Any], Pictures]]:
-    """Rows that have at least one picture; the others, and lost pictures, are added to `drops`."""
-    for row, pictures in zip(rows, decoded, strict=True):
-        sample_id = row[f"{kind}_id"]
-        if pictures.jpegs:
-            drops.extend(Drop(sample_id, "image", *fault) for fault in pictures.faults)
-            yield row, pictures
-        else:
-            drops.append(Drop(sample_id, kind, *pictures.faults[0]))
+def _text(config: MakeShardsConfig, row: Row, subtitles: str | None) -> str | None:
+    """A content's text: its text columns, one after another."""
+    found = {SUBTITLES: subtitles, **row}
+    parts = [
+        str(found[name]).strip() for name in config.text_columns if found.get(name) is not None
+    ]
+    return " ".join(part for part in parts if part) or None
 
 
 def _attributes(row: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
@@ -344,210 +821,112 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _drop_dead_links(
-    links: Mapping[str, list[Link]], catalog: ShardReader, drops: list[Drop]
-) -> dict[str, list[Link]]:
-    """Leave only links to products of the catalog, and contents that keep one."""
-    alive = {ids[0] for ids in catalog.product_ids}
-    kept: dict[str, list[Link]] = {}
-    for content_id, found in links.items():
-        left = [link for link in found if link[0] in alive]
-        if left:
-            kept[content_id] = left
-        else:
-            lost = ", ".join(product_id for product_id, _ in found)
-            drops.append(Drop(content_id, "content", NO_PRODUCT_LEFT, lost))
-    return kept
+def _pack(config: MakeShardsConfig, plan: _Plan, folder: Place) -> dict[str, str]:
+    """Write all shards; returns the hash of each by its path in the folder."""
+    shards = _Shards(config, plan, folder)
+    hashes: dict[str, str] = {}
+    total = sum(shards.num_samples(n) for n in range(len(shards)))
+    with tqdm(total=total, desc="pack", unit="sample", disable=None) as progress:
+        runs = run_tasks(
+            shards, engine=config.engine, num_workers=config.num_workers, address=config.address
+        )
+        for number, digest in runs:
+            hashes[shards.names[number]] = digest
+            progress.update(shards.num_samples(number))
+    return hashes
 
 
-class _InlineProducts:
-    """Copies products from the catalog into contents: the same JPEG bytes, never encoded twice."""
-
-    def __init__(
-        self, catalog: ShardReader, titles: Mapping[str, str | None], max_products: int
-    ) -> None:
-        self._catalog = catalog
-        self._rows = {ids[0]: row for row, ids in enumerate(catalog.product_ids)}
-        self._titles = titles
-        self._max_products = max_products
-
-    def read(self, links: Sequence[Link]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-        """The members and the `products` entry of a content with these links.
-
-        All links are named, so that none is taken for a wrong answer; `num_images` counts what is
-        inline, and is 0 beyond the first `max_products`.
-        """
-        members: dict[str, bytes] = {}
-        products = []
-        for p, (product_id, weight) in enumerate(links):
-            images = self._images(product_id) if p < self._max_products else []
-            members |= {product_image_name(p, i): jpeg for i, jpeg in enumerate(images)}
-            products.append(
-                {
-                    "product_id": product_id,
-                    "title": self._titles[product_id],
-                    "weight": weight,
-                    "num_images": len(images),
-                }
-            )
-        return members, products
-
-    def _images(self, product_id: str) -> list[bytes]:
-        row = self._rows[product_id]
-        names = {name for name in self._catalog.names(row) if name.startswith("i")}
-        found = self._catalog.read(row, [image_name(i) for i in range(len(names))])
-        return list(found.values())
+# Publishing
 
 
-# Decoding
+def _write_facts(config: MakeShardsConfig, folder: Place, plan: _Plan) -> None:
+    """Write what is known of every sample, and what was left out."""
+    rows = [*_product_facts(plan, config.samples_per_shard), *_content_facts(plan, config)]
+    samples = pa.Table.from_pylist(rows, SAMPLES_SCHEMA)
+    dropped = pa.Table.from_pylist([asdict(drop) for drop in plan.drops], DROPPED_SCHEMA)
+    for name, table in (("samples", samples), ("dropped", dropped)):
+        stream = io.BytesIO()
+        pq.write_table(table, stream)
+        write_bytes_whole(folder / f"{name}.parquet", stream.getvalue())
 
 
-class _Decoder:
-    """Decodes and encodes media in worker processes, and gives results in order."""
-
-    def __init__(self, config: MakeShardsConfig, num_samples: int) -> None:
-        self._config = config
-        num_tasks = math.ceil(num_samples / SAMPLES_PER_TASK)
-        self._num_workers = min(config.num_workers or os.cpu_count() or 1, num_tasks)
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "_Decoder":
-        if self._num_workers > 1:
-            # Not fork: the parent has threads of pyarrow by now.
-            self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def decode(self, media: Sequence[Media], what: str) -> Iterator[Pictures]:
-        """Pictures of every sample, in order, behind a progress bar."""
-        starts = range(0, len(media), SAMPLES_PER_TASK)
-        tasks = [(self._config, media[i : i + SAMPLES_PER_TASK]) for i in starts]
-        with tqdm(total=len(media), desc=what, unit="sample", disable=None) as progress:
-            for results in self._map(_decode_task, tasks):
-                progress.update(len(results))
-                yield from results
-
-    def _map(self, function: Callable[[Item], Result], tasks: Sequence[Item]) -> Iterator[Result]:
-        """Like Executor.map, which would start every task and hold all results of a slow reader."""
-        if self._pool is None:
-            yield from map(function, tasks)
-            return
-        ahead: deque[Future[Result]] = deque()
-        try:
-            for task in tasks:
-                ahead.append(self._pool.submit(function, task))
-                if len(ahead) >= TASKS_AHEAD * self._num_workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a decoding process died, out of memory or on a damaged file; "
-                "--num-workers 1 shows which one"
-            ) from None
-
-
-def _decode_task(task: tuple[MakeShardsConfig, Sequence[Media]]) -> list[Pictures]:
-    config, samples = task
-    return [
-        _decode_images(config, media) if media.video is None else _decode_clip(config, media)
-        for media in samples
-    ]
-
-
-def _decode_clip(config: MakeShardsConfig, media: Media) -> Pictures:
-    assert media.video is not None
-    try:
-        frames, times = decode_video(media.video, num_frames=media.most)
-    except MediaError as error:
-        return Pictures([], faults=[(error.reason, error.detail or media.video)])
-    return Pictures([_encode(config, frame) for frame in frames], times)
-
-
-def _decode_images(config: MakeShardsConfig, media: Media) -> Pictures:
-    pictures = Pictures([])
-    for path in media.images:
-        if len(pictures.jpegs) == media.most:
-            break
-        try:
-            pictures.jpegs.append(_encode(config, read_image(path)))
-        except MediaError as error:
-            pictures.faults.append((error.reason, error.detail or path))
-    return pictures
-
-
-def _encode(config: MakeShardsConfig, image: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    return encode_jpeg(resize_shorter(image, config.size), config.jpeg_quality)
-
-
-# Writing
-
-
-def _write_split(folder: Path, split: Split, samples: Iterator[Sample], per_shard: int) -> int:
-    """Write samples into full shards, the last one excepted; returns the number of shards.
-
-    Shards are filled with what survived, so their bytes depend on neither workers nor tasks.
-    """
-    keyed = (
-        ShardSample(f"{number:09d}", members, meta)
-        for number, (members, meta) in enumerate(samples)
+def _product_facts(plan: _Plan, per_shard: int) -> Iterator[Row]:
+    titles = plan.product_rows["title"].to_pylist()
+    links = Counter(
+        product
+        for number in plan.splits["train"]
+        for product, _ in plan.links[plan.contents.ids[number]]
     )
-    num_shards = 0
-    while first := next(keyed, None):
-        shard = itertools.chain([first], itertools.islice(keyed, per_shard - 1))
-        write_shard(shard_path(folder, split, num_shards), shard)
-        num_shards += 1
-    return num_shards
+    for row, number, facts in _facts(plan.products, plan.catalog, per_shard):
+        product_id = plan.products.ids[number]
+        yield facts | {
+            "kind": "product",
+            "split": "catalog",
+            "row": row,
+            "has_title": titles[number] is not None,
+            "num_links": links[product_id],
+            "cold": product_id in plan.cold,
+        }
 
 
-def _check_dropped(config: MakeShardsConfig, kind: str, drops: Sequence[Drop], total: int) -> None:
-    """Raise `UserError` where too many products, or linked contents, were dropped so far."""
-    lost = [drop for drop in drops if drop.kind == kind and drop.reason != NO_LINK]
-    if len(lost) <= config.max_dropped * total:
-        return
-    reasons = ", ".join(f"{reason} ({n})" for reason, n in _by_reason(lost)[:3])
-    raise UserError(
-        f"{config.tables}: {len(lost)} of {total} {kind}s dropped, more than --max-dropped "
-        f"{config.max_dropped:g} allows: {reasons}; the first is {kind} '{lost[0].id}': "
-        f"{lost[0].reason}: {lost[0].detail}"
-    )
+def _content_facts(plan: _Plan, config: MakeShardsConfig) -> Iterator[Row]:
+    per_shard = config.samples_per_shard
+    names = [n for n in config.text_columns if n in plan.content_rows.column_names]
+    texts = plan.content_rows.select(names)
+    for split, chosen in plan.splits.items():
+        for row, number, facts in _facts(plan.contents, chosen, per_shard):
+            content_id = plan.contents.ids[number]
+            links = plan.links[content_id]
+            text = _text(config, texts.slice(number, 1).to_pylist()[0], facts.pop("subtitles"))
+            yield facts | {
+                "kind": "content",
+                "split": split,
+                "row": row,
+                "has_title": text is not None,
+                "num_links": len(links),
+                "group": plan.groups.get(content_id),
+                "cold": any(product in plan.cold for product, _ in links),
+            }
 
 
-def _by_reason(drops: Iterable[Drop]) -> list[tuple[str, int]]:
-    """Reasons with their counts, the commonest first."""
-    return Counter(drop.reason for drop in drops).most_common()
+def _facts(
+    survey: _Survey, chosen: Sequence[int], per_shard: int
+) -> Iterator[tuple[int, int, Row]]:
+    names = ["width", "height", "duration", "num_frames", "subtitles"]
+    columns = survey.table.select(names).take(chosen).to_pylist()
+    for row, (number, facts) in enumerate(zip(chosen, columns, strict=True)):
+        facts["id"] = survey.ids[number]
+        facts["shard"] = row // per_shard
+        facts["num_pictures"] = survey.num_pictures(number)
+        facts["num_bytes"] = survey.num_bytes(number)
+        yield row, number, facts
 
 
 def _describe(
-    config: MakeShardsConfig, tables: Tables, folder: Path, drops: Sequence[Drop]
+    config: MakeShardsConfig, tables: Tables, plan: _Plan, hashes: Mapping[str, str]
 ) -> Manifest:
-    tars = sorted(folder.glob("*/*.tar"))
-    splits: dict[str, ShardReader] = {
-        split: open_shards(folder, "contents", split)
-        for split in SPLITS
-        if shard_path(folder, split, 0).exists()
+    linked = {
+        split: [[product for product, _ in plan.links[plan.contents.ids[n]]] for n in chosen]
+        for split, chosen in plan.splits.items()
     }
-    catalog_size = len(open_shards(folder, "products", "catalog"))
-    num_warm = len({p for ids in splits["train"].product_ids for p in ids})
-    samples = [drop for drop in drops if drop.kind != "image"]
+    num_warm = len({product for found in linked["train"] for product in found})
+    samples = [drop for drop in plan.drops if drop.kind != "image"]
     return Manifest(
         kind="shards",
-        config=asdict(config),
+        config=asdict(config)
+        | {"tables": str(place(config.tables)), "out": str(place(config.out))},
         counts={
             "in": {name: len(getattr(tables, name)) for name in TABLE_NAMES},
             "out": {
-                "products": catalog_size,
-                "contents": sum(len(reader) for reader in splits.values()),
-                "links": sum(_num_links(reader) for reader in splits.values()),
+                "products": len(plan.catalog),
+                "contents": sum(len(found) for found in linked.values()),
+                "links": sum(len(ids) for found in linked.values() for ids in found),
             },
             # A content without a link is no fault, and is not held against --max-dropped.
             "dropped": dict(_by_reason(samples)),
-            "images_skipped": dict(_by_reason(drop for drop in drops if drop.kind == "image")),
+            "images_skipped": dict(_by_reason(d for d in plan.drops if d.kind == "image")),
         },
-        fingerprint=fingerprint_of({f"{t.parent.name}/{t.name}": hash_file(t) for t in tars}),
+        fingerprint=fingerprint_of(hashes),
         parents=[
             Parent(
                 kind="tables",
@@ -556,39 +935,43 @@ def _describe(
             )
         ],
         details={
-            "splits": {split: _describe_split(reader) for split, reader in splits.items()},
-            "catalog": catalog_size,
+            "splits": {
+                split: {
+                    "contents": len(found),
+                    "links": sum(len(ids) for ids in found),
+                    "products": len({product for ids in found for product in ids}),
+                    "shards": math.ceil(len(found) / config.samples_per_shard),
+                }
+                for split, found in linked.items()
+            },
+            "catalog": len(plan.catalog),
             "warm_products": num_warm,
-            "cold_products": catalog_size - num_warm,
-            "dropped": [asdict(drop) for drop in drops[:MOST_LISTED]],
+            "cold_products": len(plan.catalog) - num_warm,
+            "claims": plan.claims,
+            "dropped": [asdict(drop) for drop in plan.drops[:MOST_LISTED]],
+            "files": sorted(hashes),
         },
     )
 
 
-def _describe_split(reader: ShardReader) -> dict[str, int]:
-    return {
-        "contents": len(reader),
-        "links": _num_links(reader),
-        "products": len({p for ids in reader.product_ids for p in ids}),
-        "shards": len(reader.shard_sizes),
-    }
-
-
-def _num_links(reader: ShardReader) -> int:
-    return sum(len(ids) for ids in reader.product_ids)
-
-
 def _print_summary(config: MakeShardsConfig, manifest: Manifest) -> None:
     details, counts = manifest.details, manifest.counts
-    print(f"{config.out}:")
+    out = place(config.out)
+    print(f"{out}:")
     for split, found in details["splits"].items():
         print(f"  {split:<8}{found['contents']:>9,} contents, {found['links']:,} links")
     warm, cold = details["warm_products"], details["cold_products"]
     print(f"  {'catalog':<8}{details['catalog']:>9,} products: {warm:,} warm, {cold:,} cold")
+    alike = details["claims"]["near_duplicates"]
+    if alike["contents"]:
+        print(
+            f"  near duplicates: {alike['contents']:,} contents in {alike['groups']:,} groups, "
+            f"{alike['straddling']:,} of them in two splits"
+        )
     for what, reasons in (("dropped", "dropped"), ("images skipped", "images_skipped")):
         listed = ", ".join(f"{reason} {n:,}" for reason, n in counts[reasons].items())
         if listed:
-            print(f"  {what}: {listed} (listed in {config.out / 'dropped.parquet'})")
+            print(f"  {what}: {listed} (listed in {out / 'dropped.parquet'})")
 
 
 if __name__ == "__main__":

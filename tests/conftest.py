@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,11 @@ install_import_hook("mmrec", "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--kills 50` breaks off the preparation of shards more often than a quick run does."""
+    parser.addoption("--kills", type=int, default=4, help="kills of the preparation (default 4)")
 
 
 def load_program(path: str) -> ModuleType:
@@ -108,3 +113,18 @@ def index(trained: Path, tiny_shards: Path) -> Path:
     cli.embed(encoder=trained / "encoder", shards=tiny_shards, out=embeddings)
     cli.index_build(embeddings=embeddings, out=out)
     return out
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Ray on this machine with two workers, which find the tests' own modules."""
+    ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'mmrec[ray]'")
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+    yield
+    ray.shutdown()

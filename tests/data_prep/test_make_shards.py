@@ -3,9 +3,12 @@
 import datetime
 import importlib
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from clips import moving_square, write_clip
 from PIL import Image
+from servers import http_server, s3_server
 
-from mmrec.data.media import decode_video, encode_jpeg, read_image, resize_shorter
+from mmrec.data.media import FrameConfig, encode_jpeg, read_image, read_video, resize_shorter
+from mmrec.data.preparation import _decoder
 from mmrec.data.shards import open_shards
+from mmrec.data.splits import SplitConfig, assign_splits
 from mmrec.data.tables import write_tables
 from mmrec.errors import UserError
 from mmrec.manifest import read_manifest
@@ -36,9 +42,20 @@ def write_image(path: Path, seed: int, height: int = 40, width: int = 60) -> str
     return f"media/{path.name}"
 
 
-def write_video(folder: Path, name: str, num_frames: int) -> str:
-    color = tuple(int(c) for c in np.random.default_rng(num_frames).integers(0, 256, 3))
-    write_clip(folder / "media" / name, moving_square(num_frames, color=color))
+def scene(num_frames: int, seed: int) -> list[np.ndarray]:
+    """A square that crosses a background of its own, so that no two scenes look alike."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    background = np.asarray(coarse.resize((64, 64), Image.Resampling.BICUBIC))
+    color = tuple(int(c) for c in rng.integers(0, 256, 3))
+    square = np.array(color, dtype=np.uint8)
+    frames = moving_square(num_frames, color=color)
+    return [np.where((f == square).all(-1, keepdims=True), f, background) for f in frames]
+
+
+def write_video(folder: Path, name: str, num_frames: int, seed: int | None = None) -> str:
+    frames = scene(num_frames, num_frames if seed is None else seed)
+    write_clip(folder / "media" / name, frames)
     return f"media/{name}"
 
 
@@ -129,14 +146,14 @@ def test_frames_are_those_of_the_clip(catalogue):
     reader = open_shards(folder, "contents", "train")
     assert reader.content_ids == ["c0", "c1", "c4", "c5"]  # the table's order
     row = reader.content_ids.index("c4")
-    frames, times = decode_video(catalogue.folder / "media/c4.mp4", num_frames=4)
+    clip = read_video(catalogue.folder / "media/c4.mp4", FrameConfig(num_frames=4), size=32)
     members = reader.read(row)
-    for t, frame in enumerate(frames):
-        assert members[f"f{t:02d}.jpg"] == encode_jpeg(resize_shorter(frame, 32), 90)
+    for t, frame in enumerate(clip.frames):
+        assert members[f"f{t:02d}.jpg"] == encode_jpeg(frame, 90)
     assert reader.meta(row) == {
         "content_id": "c4",
         "title": "Content 4",
-        "frame_times": [round(time, 3) for time in times],
+        "frame_times": [round(time, 3) for time in clip.times],
         "products": [{"product_id": "p1", "title": "Product 1", "weight": 1.0, "num_images": 2}],
         "attributes": {"likes": 4},
     }
@@ -211,9 +228,9 @@ def test_shards_are_full_but_the_last(catalogue):
     assert keys == [f"{i:09d}" for i in range(4)]
 
 
-@pytest.mark.parametrize("samples_per_task", [1, 16])
-def test_bytes_do_not_depend_on_the_number_of_workers(catalogue, monkeypatch, samples_per_task):
-    monkeypatch.setattr(program, "SAMPLES_PER_TASK", samples_per_task)
+@pytest.mark.parametrize("samples_per_part", [1, 64])
+def test_bytes_do_not_depend_on_the_number_of_workers(catalogue, monkeypatch, samples_per_part):
+    monkeypatch.setattr(program, "SAMPLES_PER_PART", samples_per_part)
     break_file(catalogue, "media/c1.mp4")
     break_file(catalogue, "media/p3-0.png")
     config = config_for(catalogue, samples_per_shard=2)
@@ -238,21 +255,14 @@ def test_bytes_do_not_depend_on_the_number_of_workers(catalogue, monkeypatch, sa
 # Splits
 
 
-def test_splits_by_hash_are_stable_and_of_the_right_size(catalogue):
-    names = [f"content-{i}" for i in range(5_000)]
-    splits = {name: program._split_of(name, 0.1, 0.2) for name in names}
-    shares = {split: count / 5_000 for split, count in Counter(splits.values()).items()}
-    assert shares == pytest.approx({"train": 0.7, "val": 0.1, "test": 0.2}, abs=0.02)
-    assert splits == {name: program._split_of(name, 0.1, 0.2) for name in reversed(names)}
-
-
 def test_tables_without_a_split_column_are_split_by_hash(catalogue):
     for row in catalogue.links:
         del row["split"]
     folder = make(catalogue, val=0.3, test=0.0)
-    expected = {
-        r["content_id"]: program._split_of(r["content_id"], 0.3, 0.0) for r in catalogue.contents
-    }
+    ids = [row["content_id"] for row in catalogue.contents]
+    rule = SplitConfig(val=0.3, test=0.0)
+    found = assign_splits(rule, ids, groups=ids, barred=[False] * len(ids))
+    expected = dict(zip(ids, found, strict=True))
     assert set(expected.values()) == {"train", "val"}
     for split in ("train", "val"):
         wanted = [content_id for content_id, s in expected.items() if s == split]
@@ -278,7 +288,9 @@ def test_a_split_column_without_training(catalogue):
 def test_a_split_that_lost_all_its_contents(catalogue):
     break_file(catalogue, "media/c2.mp4")
     config = config_for(catalogue)
-    with pytest.raises(UserError, match="split 'val' is empty: all of its 1 contents were dropped"):
+    with pytest.raises(
+        UserError, match="split 'val' is empty: all of its 1 contents were dropped or moved"
+    ):
         program.main(config)
     assert not config.out.exists()
 
@@ -298,13 +310,13 @@ def test_bad_media_are_counted_listed_and_left_out(catalogue):
     catalog = open_shards(folder, "products", "catalog")
     assert [catalog.meta(row)["num_images"] for row in range(4)] == [1, 1, 3, 3]
     assert dropped(folder) == {
-        ("content", "c0", "cannot open video"),
+        ("content", "c0", "not a video or image"),
         ("content", "c1", "empty file"),
         ("image", "p1", "cannot open image"),
         ("image", "p3", "file not found"),
         ("image", "c5", "cannot open image"),
     }
-    assert manifest.counts["dropped"] == {"cannot open video": 1, "empty file": 1}
+    assert manifest.counts["dropped"] == {"not a video or image": 1, "empty file": 1}
     assert manifest.counts["images_skipped"] == {"cannot open image": 2, "file not found": 1}
     assert manifest.counts["in"] == {"products": 4, "contents": 6, "links": 6}
     assert manifest.counts["out"] == {"products": 4, "contents": 4, "links": 4}
@@ -356,9 +368,12 @@ def test_too_many_drops_publish_nothing(catalogue, files, max_dropped, message):
     with pytest.raises(UserError) as caught:
         program.main(config)
     assert message in str(caught.value)
-    assert "cannot open" in str(caught.value)
+    assert re.search(r"allows: [a-z ]+ \(\d\)", str(caught.value))
     assert f"'{files[0][:2]}'" in str(caught.value)
-    assert [path.name for path in config.out.parent.iterdir()] == ["tables"]
+    assert not config.out.exists()
+    # The work is kept: with more drops allowed the same command goes on from there.
+    program.main(replace(config, max_dropped=0.6))
+    assert sorted(path.name for path in config.out.parent.iterdir()) == ["shards", "tables"]
 
 
 # Manifest, flags, and the program as it is run
@@ -427,3 +442,265 @@ def test_the_command(catalogue):
     assert again.returncode == 1
     assert len(again.stderr.splitlines()) == 1
     assert "already exists" in again.stderr
+
+
+# Splits that keep their word
+
+
+def without_splits(catalogue: Catalogue) -> Catalogue:
+    for row in catalogue.links:
+        del row["split"]
+    return catalogue
+
+
+def split_of(folder: Path) -> dict[str, str]:
+    table = pq.read_table(folder / "samples.parquet").to_pylist()
+    return {row["id"]: row["split"] for row in table if row["kind"] == "content"}
+
+
+def test_contents_that_look_alike_share_a_split(catalogue):
+    without_splits(catalogue)
+    for copy in range(12):  # the same scene at another length, quality and name
+        name = f"copy{copy}.mp4"
+        write_video(catalogue.folder, name, 9 + copy, seed=99)
+        catalogue.contents.append(
+            {"content_id": f"x{copy}", "title": None, "video": f"media/{name}", "images": []}
+        )
+        catalogue.links.append({"content_id": f"x{copy}", "product_id": "p0", "weight": 1.0})
+    folder = make(catalogue, val=0.0, test=0.3)
+    found = split_of(folder)
+    assert len(found) == 18
+    assert {found[f"x{copy}"] for copy in range(12)} == {"test"}
+    claims = read_manifest(folder).details["claims"]
+    assert claims["near_duplicates"] == {"groups": 1, "contents": 12, "straddling": 0}
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert {row["id"] for row in rows if row["group"] == "x0"} == {f"x{i}" for i in range(12)}
+    apart = make(catalogue, val=0.0, test=0.3, near_duplicates="allow", overwrite=True)
+    assert len({split_of(apart)[f"x{copy}"] for copy in range(12)}) == 2
+    assert read_manifest(apart).details["claims"]["near_duplicates"]["straddling"] > 0
+
+
+def test_training_copies_of_what_a_split_column_tests_are_dropped(catalogue):
+    write_video(catalogue.folder, "c0.mp4", 6, seed=8)  # c3, with 8 frames, is in the test
+    folder = make(catalogue, max_dropped=0.0)
+    assert dropped(folder) == {("content", "c0", "near duplicate of a later split")}
+    assert "c0" not in split_of(folder)
+    kept = make(catalogue, near_duplicates="allow", overwrite=True)
+    assert split_of(kept)["c0"] == "train"
+    assert read_manifest(kept).details["claims"]["near_duplicates"]["straddling"] == 1
+
+
+def test_cold_products_are_held_out_of_training(catalogue):
+    without_splits(catalogue)
+    folder = make(catalogue, val=0.0, test=0.2, cold_products=0.4)
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    cold = {row["id"] for row in rows if row["kind"] == "product" and row["cold"]}
+    claims = read_manifest(folder).details["claims"]["cold_products"]
+    assert claims == {"held_out": len(cold), "linked_in_training": 0}
+    assert 0 < len(cold) < 4
+    trained = {p for ids in open_shards(folder, "contents", "train").product_ids for p in ids}
+    assert trained.isdisjoint(cold)
+    tested = {p for ids in open_shards(folder, "contents", "test").product_ids for p in ids}
+    assert tested & cold
+
+
+def test_splits_in_order_of_a_column(catalogue):
+    without_splits(catalogue)
+    folder = make(catalogue, val=0.17, test=0.33, split_by="likes")
+    expected = dict.fromkeys(["c0", "c1", "c2"], "train") | {
+        "c3": "val",
+        "c4": "test",
+        "c5": "test",
+    }
+    assert split_of(folder) == expected
+    claims = read_manifest(folder).details["claims"]["split_by"]
+    assert claims == {"held_out_from": 3, "too_late": 0}
+
+
+def test_text_columns_become_the_contents_text(catalogue):
+    for row in catalogue.contents:
+        row["transcript"] = f"we look at number {row['likes']} " if row["likes"] else None
+    (catalogue.folder / "media" / "c4.srt").write_text(
+        "1\n00:00:00,000 --> 00:00:01,000\n<i>Hello</i> there\n"
+    )
+    folder = make(catalogue, text_columns=("title", "transcript", "subtitles"))
+    reader = open_shards(folder, "contents", "train")
+    titles = [reader.meta(row)["title"] for row in range(len(reader))]
+    assert titles == [
+        "Content 0",
+        "Content 1 we look at number 1",
+        "Content 4 we look at number 4 Hello there",
+        "Content 5 we look at number 5",
+    ]
+    with pytest.raises(UserError, match="--text-columns script: contents have no such column"):
+        make(catalogue, text_columns=("script",), overwrite=True)
+
+
+def test_facts_of_every_sample(catalogue):
+    folder = make(catalogue)
+    rows = {row["id"]: row for row in pq.read_table(folder / "samples.parquet").to_pylist()}
+    assert len(rows) == 10
+    clip = rows["c4"]
+    assert (clip["kind"], clip["split"], clip["shard"], clip["row"]) == ("content", "train", 0, 2)
+    assert (clip["width"], clip["height"], clip["num_frames"]) == (64, 64, 9)
+    assert (clip["num_pictures"], clip["has_title"], clip["num_links"]) == (4, True, 1)
+    assert clip["duration"] == pytest.approx(9 / 8, abs=0.01)
+    members = open_shards(folder, "contents", "train").read(2)
+    assert clip["num_bytes"] == sum(len(v) for k, v in members.items() if k.startswith("f"))
+    product = rows["p0"]
+    assert (product["width"], product["height"], product["has_title"]) == (60, 40, False)
+    assert (product["num_links"], product["duration"]) == (1, 0.0)
+
+
+# Work that was broken off
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def program_command(config: Any) -> list[str]:
+    flags = {"tables": config.tables, "out": config.out, "num-frames": config.num_frames}
+    flags |= {"size": config.size, "max-dropped": config.max_dropped, "num-workers": 2}
+    flags |= {"samples-per-shard": config.samples_per_shard}
+    parts = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return [sys.executable, str(ROOT / "tests" / "small_parts.py"), *parts]
+
+
+def test_kills_at_any_moment_leave_the_same_bytes(catalogue, request):
+    config = config_for(catalogue, samples_per_shard=2)
+    whole = replace(config, out=config.out.with_name("whole"))
+    program.main(whole)
+    expected = files_of(whole.out)
+    command = program_command(config)
+    rng = np.random.default_rng(0)
+    kills, rounds = 0, 0
+    while kills < request.config.getoption("--kills"):
+        # Killed with all its processes at a random moment, again and again, until it comes through.
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+        try:
+            _, stderr = process.communicate(timeout=float(rng.uniform(0.8, 4.0)))
+            assert process.returncode == 0, stderr
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        if config.out.exists():
+            assert files_of(config.out) == expected
+            shutil.rmtree(config.out)
+            rounds += 1
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files_of(config.out) == expected
+    assert read_manifest(config.out).fingerprint == read_manifest(whole.out).fingerprint
+    left = sorted(path.name for path in config.out.parent.iterdir())
+    assert left == ["shards", "tables", "whole"]
+    print(f"{kills} kills, {rounds + 1} times whole with the same bytes")
+
+
+def test_what_is_finished_is_not_done_again(catalogue, monkeypatch):
+    monkeypatch.setattr(program, "SAMPLES_PER_PART", 2)
+    break_file(catalogue, "media/c4.mp4")
+    config = config_for(catalogue, max_dropped=0.0)
+    with pytest.raises(UserError, match="dropped, more than --max-dropped 0 allows"):
+        program.main(config)
+    parts = config.out.with_name(".shards.unfinished") / "parts"
+    before = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert len(before) > 4
+    kept = []
+    monkeypatch.setattr(program._Work, "remove", lambda work: kept.extend(parts.iterdir()))
+    program.main(replace(config, max_dropped=0.5))
+    after = {path.name: path.stat().st_mtime_ns for path in kept}
+    assert {name: after[name] for name in before} == before
+
+
+def test_unfinished_work_of_other_settings_is_not_mixed_in(catalogue):
+    break_file(catalogue, "media/c4.mp4")
+    config = config_for(catalogue, max_dropped=0.0)
+    with pytest.raises(UserError, match="dropped"):
+        program.main(config)
+    other = replace(config, num_frames=3, max_dropped=0.5)
+    with pytest.raises(UserError, match=r"num_frames was 4, is 3.*--restart throws it away"):
+        program.main(other)
+    program.main(replace(other, restart=True))
+    assert not config.out.with_name(".shards.unfinished").exists()
+
+
+def test_two_at_once_on_one_output_are_refused(catalogue):
+    config = config_for(catalogue)
+    tables = program.read_tables(config.tables)
+    with (
+        program._unfinished(config, tables),
+        pytest.raises(UserError, match="another process is making these shards"),
+    ):
+        program.main(config)
+
+
+def test_ray_makes_the_same_bytes(catalogue, local_ray, monkeypatch):
+    monkeypatch.setattr(program, "SAMPLES_PER_PART", 2)
+    config = config_for(catalogue, samples_per_shard=2)
+    program.main(config)
+    on_ray = replace(config, out=config.out.with_name("ray"), engine="ray", num_workers=2)
+    program.main(on_ray)
+    assert files_of(on_ray.out) == files_of(config.out)
+
+
+# Elsewhere than on this disk
+
+
+def test_tables_media_and_shards_on_s3(catalogue, tmp_path):
+    local = make(catalogue, samples_per_shard=3)
+    with s3_server(tmp_path / "s3.log") as bucket:
+        import fsspec
+
+        _decoder.cache_clear()  # one that runs already does not know the server
+        files = fsspec.filesystem("s3")
+        files.put(str(catalogue.folder), f"{bucket}/tables", recursive=True)
+        config = replace(
+            config_for(catalogue, samples_per_shard=3),
+            tables=Path(f"{bucket}/tables"),
+            out=Path(f"{bucket}/made/shards"),
+        )
+        program.main(config)
+        files.invalidate_cache()
+        files.get(f"{bucket}/made/shards/", str(tmp_path / "fetched"), recursive=True)
+        assert files_of(tmp_path / "fetched") == files_of(local)
+        assert [name.split("/")[-1] for name in files.ls(f"{bucket}/made")] == ["shards"]
+        assert open_shards(f"{bucket}/made/shards", "contents", "train").shard_sizes == [3, 1]
+        with pytest.raises(UserError, match="already exists"):
+            program.main(config)
+
+        # Broken off after the first shard: it goes on, and ends with the same bytes.
+        again = replace(config, out=Path(f"{bucket}/again"))
+        run_tasks, tasks_run = program.run_tasks, []
+
+        def breaks_off(tasks, **options):
+            for number, result in run_tasks(tasks, **options):
+                tasks_run.append(number)
+                if len(tasks_run) == 4:
+                    raise KeyboardInterrupt
+                yield number, result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(program, "run_tasks", breaks_off)
+            with pytest.raises(KeyboardInterrupt):
+                program.main(again)
+        assert not files.exists(f"{bucket}/again/manifest.json")
+        program.main(again)
+        files.invalidate_cache()
+        files.get(f"{bucket}/again/", str(tmp_path / "again"), recursive=True)
+        assert files_of(tmp_path / "again") == files_of(local)
+        program.main(replace(again, overwrite=True, num_frames=2))
+        assert read_manifest(f"{bucket}/again").config["num_frames"] == 2
+
+
+def test_tables_and_media_over_http(catalogue, tmp_path):
+    local = make(catalogue)
+    with http_server(catalogue.folder) as server:
+        config = replace(config_for(catalogue), tables=Path(server.url), out=tmp_path / "fetched")
+        program.main(config)
+    assert files_of(tmp_path / "fetched") == files_of(local)

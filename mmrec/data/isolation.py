@@ -1,0 +1,192 @@
+"""A function in a child process that may crash, hang or eat memory without harm to this one.
+
+Decoders are large C libraries fed with files from anywhere. What one bad file does to its child is an
+`MediaError` here: the child is replaced and the next item goes on.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+import psutil
+
+from mmrec.errors import MediaError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+GIGABYTE = 1 << 30
+_START_TIMEOUT_S = 120.0  # a child imports numpy and the decoders, on a disk that may be busy
+_POLL_S = 0.02  # how often memory is looked at: a decoder fills a gigabyte in about 0.3 s
+_SLACK_BYTES = (
+    GIGABYTE  # address space that is reserved and never touched: stacks, arenas, libraries
+)
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+class Isolated(Generic[Item, Result]):
+    """Calls a function on one item at a time in a child process with limits.
+
+    `function` is found by its module and name, as multiprocessing does; items and results are
+    pickled. The child starts at the first call, and again after each item that it did not survive.
+    """
+
+    def __init__(
+        self, function: Callable[[Item], Result], *, timeout_s: float, memory_bytes: int
+    ) -> None:
+        self._function = function
+        self._timeout_s = timeout_s
+        self._memory_bytes = memory_bytes
+        # Not fork: the parent has threads, whose locks a fork would copy in any state.
+        self._context = multiprocessing.get_context("spawn")
+        self._child: Any = None
+        self._pipe: Connection | None = None
+        self._watched: psutil.Process | None = None
+        self._base_bytes = 0
+
+    def __call__(self, item: Item) -> Result:
+        """The function's result for one item.
+
+        Raises `MediaError` with the reason "decoding timed out", "decoder ran out of memory" or
+        "decoder crashed", and whatever the function itself raised.
+        """
+        pipe = self._pipe or self._start()
+        try:
+            pipe.send(item)
+            state, result = self._answer(pipe, self._timeout_s)
+        except (EOFError, ConnectionError):
+            raise self._death() from None
+        except BaseException:
+            # Timed out, over its memory, or interrupted: in each case its answer would come too late.
+            self.close()
+            raise
+        if state == "ok":
+            # A leak of many small files must not be held against the next one.
+            if self._used_bytes() > self._memory_bytes / 2:
+                self.close()
+            return result
+        self.close()
+        if isinstance(result, MemoryError):
+            raise MediaError("decoder ran out of memory", self._memory_limit())
+        raise result
+
+    def close(self) -> None:
+        """End the child, whatever it is doing."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._child is not None:
+            self._child.kill()
+            self._child.join()
+            self._child.close()
+        self._child = self._pipe = self._watched = None
+
+    def __enter__(self) -> "Isolated[Item, Result]":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> Connection:
+        here, there = self._context.Pipe()
+        child = self._context.Process(
+            target=_serve,
+            args=(there, self._function, self._memory_bytes, os.getpid()),
+            daemon=True,  # Ended when this process exits, which otherwise waits for it for ever.
+        )
+        child.start()
+        there.close()
+        self._child, self._pipe = child, here
+        self._watched = psutil.Process(child.pid)
+        try:
+            self._base_bytes = 0
+            state, result = self._answer(here, _START_TIMEOUT_S, limited=False)
+        except (EOFError, ConnectionError, MediaError) as error:
+            self.close()
+            raise RuntimeError(f"a decoding process does not start: {error!r}") from None
+        if state != "ok":
+            self.close()
+            raise result
+        self._base_bytes = self._resident()
+        return here
+
+    def _answer(
+        self, pipe: Connection, timeout_s: float, *, limited: bool = True
+    ) -> tuple[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while not pipe.poll(_POLL_S):
+            if time.monotonic() > deadline:
+                raise MediaError("decoding timed out", f"more than {timeout_s:g} s")
+            if limited and self._used_bytes() > self._memory_bytes:
+                raise MediaError("decoder ran out of memory", self._memory_limit())
+        return pipe.recv()
+
+    def _used_bytes(self) -> int:
+        return self._resident() - self._base_bytes
+
+    def _resident(self) -> int:
+        try:
+            return self._watched.memory_info().rss if self._watched else 0
+        except psutil.Error:  # It has just died, which the pipe will tell.
+            return 0
+
+    def _memory_limit(self) -> str:
+        return f"more than {self._memory_bytes / GIGABYTE:g} GiB"
+
+    def _death(self) -> MediaError:
+        self._child.join(5)
+        code = self._child.exitcode
+        self.close()
+        if code is None or code >= 0:
+            return MediaError("decoder crashed", f"exit status {code}")
+        # The kernel's out-of-memory killer sends the same signal as anybody else's kill -9.
+        name = signal.Signals(-code).name
+        return MediaError("decoder crashed", f"signal {-code} ({name})")
+
+
+def _serve(
+    pipe: Connection, function: Callable[[Any], Any], memory_bytes: int, parent: int
+) -> None:
+    """The child: answers items until the pipe closes."""
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory(memory_bytes)
+    pipe.send(("ok", None))
+    while True:
+        try:
+            item = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("ok", function(item))
+        except Exception as error:
+            # A traceback does not pickle, and without it nobody finds the line.
+            error.add_note(traceback.format_exc())
+            answer = ("error", error)
+        pipe.send(answer)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel end this process when its parent dies, even by kill -9 (Linux; elsewhere not)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # It died before the line above.
+        os._exit(1)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    """Make allocations fail at a limit. The parent watches as well, for what is not allocated so."""
+    if sys.platform != "linux":
+        return  # macOS takes the limit and does not keep to it.
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(
+        resource.RLIMIT_AS, (used + memory_bytes + _SLACK_BYTES, resource.RLIM_INFINITY)
+    )

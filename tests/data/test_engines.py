@@ -1,0 +1,53 @@
+"""Tasks on worker processes of this machine and on Ray, some of which die."""
+
+import os
+from pathlib import Path
+
+import pytest
+from misbehaving import Faulty, Fragile, Slow
+
+from mmrec.data.engines import MOST_DEATHS_IN_A_ROW, run_tasks
+from mmrec.errors import UserError
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_every_task_runs_once(tmp_path: Path, num_workers: int) -> None:
+    tasks = [Slow(tmp_path / f"{i}") for i in range(9)]
+    results = dict(run_tasks(tasks, num_workers=num_workers))
+    assert results == {i: f"{i}" for i in range(9)}
+    workers = [int((tmp_path / f"{i}").read_text()) for i in range(9)]  # one line each
+    assert (set(workers) == {os.getpid()}) == (num_workers == 1)
+
+
+def test_a_worker_that_dies_is_replaced_and_its_task_runs_again(tmp_path: Path) -> None:
+    tasks = [*(Slow(tmp_path / f"slow-{i}", 0.05) for i in range(4)), Fragile(tmp_path / "fragile")]
+    results = dict(run_tasks(tasks, num_workers=2))
+    assert sorted(results) == [0, 1, 2, 3, 4]
+    assert (tmp_path / "fragile").read_text() == "done"
+
+
+def test_a_task_that_always_kills_its_worker_ends_the_run(tmp_path: Path) -> None:
+    tasks = [Fragile(tmp_path / "one", 99), Fragile(tmp_path / "two", 99)]
+    with pytest.raises(UserError, match=r"died 3 times in a row.*--num-workers 1"):
+        list(run_tasks(tasks, num_workers=2))
+    assert len(list(tmp_path.glob("*.death-*"))) <= 2 * MOST_DEATHS_IN_A_ROW
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_bug_in_a_task_ends_the_run(tmp_path: Path, num_workers: int) -> None:
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(run_tasks([Slow(tmp_path / "a"), Faulty()], num_workers=num_workers))
+
+
+def test_ray_runs_tasks_again_whose_worker_died(tmp_path: Path, local_ray: None) -> None:
+    tasks = [*(Slow(tmp_path / f"{i}") for i in range(5)), Fragile(tmp_path / "fragile")]
+    results = dict(run_tasks(tasks, engine="ray", num_workers=2))
+    assert sorted(results) == list(range(6))
+    assert results[5] == 1  # one death before
+    workers = {(tmp_path / f"{i}").read_text() for i in range(5)}
+    assert str(os.getpid()) not in workers
+
+
+def test_a_bug_in_a_task_on_ray_is_raised_as_it_is(tmp_path: Path, local_ray: None) -> None:
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(run_tasks([Faulty()], engine="ray"))
