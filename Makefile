@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	@$(BIN)/mmrec evaluate --encoder $(DEMO)/train/encoder --shards $(DEMO)/shards --out $(DEMO) --picture $(DEMO)/matches.png
 
 test: $(INSTALLED)
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -472,7 +472,7 @@ def test_a_query_that_cannot_be_read_is_named(index: Path, tmp_path: Path) -> No
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     for query, message in (
         ({"video": str(tmp_path / "nowhere.mp4")}, "nowhere.mp4: file not found"),
-        ({"video": str(tmp_path / "broken.mp4")}, "broken.mp4: cannot open video"),
+        ({"video": str(tmp_path / "broken.mp4")}, "broken.mp4: not a video or image"),
         ({}, "nothing to match"),
         ({"video": "a.mp4", "images": ("b.jpg",)}, "a video or images, not both"),
     ):
@@ -481,16 +481,18 @@ def test_a_query_that_cannot_be_read_is_named(index: Path, tmp_path: Path) -> No
 
 
 def test_help_answers_at_once() -> None:
-    import time
+    import resource
 
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run(BIN / "mmrec", "--help")
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Time on the processor: the clock on the wall also counts what else the machine does.
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert "evaluate" in done.stdout
-    # Half a second on a quiet machine; the best of three, with room for a busy one.
-    assert min(seconds) < 1.0
+    # A third of a second on a quiet machine; torch alone takes two.
+    assert min(seconds) < 0.8
 
 
 def test_recipes_can_be_read_as_help() -> None:

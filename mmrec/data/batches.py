@@ -296,6 +296,8 @@ class PairDataset(Dataset[_Pair]):
         )
 
     def _pictures(self, encoded: list[bytes], rng: np.random.Generator, size: int) -> list[Tensor]:
+        if not encoded:
+            return []
         view = View.draw(self._augment, rng)
         return [self._preprocess.augmented(decode_jpeg(data), view, size=size) for data in encoded]
 

@@ -219,8 +219,9 @@ class Encoder(nn.Module):
 
     def normalise_pixels(self, images: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         """Bytes to the floats that the image tower was trained on."""
-        pixels = images.float().contiguous(memory_format=torch.channels_last)
-        return (pixels - self.mean) / self.std
+        pixels = images.to(torch.float32, memory_format=torch.channels_last)
+        # In place: a batch of floats is large, and each copy of it is memory to be found and filled.
+        return pixels.sub_(self.mean).div_(self.std)
 
     def save(
         self, folder: Path | str, *, parents: list[Parent] | None = None, overwrite: bool = False
