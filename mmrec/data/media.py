@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -38,6 +39,7 @@ from mmrec.data.containers import (
     repaired,
     webp_durations,
 )
+from mmrec.data.storage import Slice, find_slice, read_slice
 from mmrec.errors import MediaError, UserError
 
 if TYPE_CHECKING:
@@ -356,7 +358,12 @@ class _VideoReel(_Reel):
         except Exception as error:
             if "cannot find video stream" in str(error):
                 raise MediaError("no video stream") from None
-            raise MediaError("cannot open video", _summary(error)) from None
+            raise MediaError("cannot open video", self._words(error)) from None
+
+    def _words(self, error: BaseException) -> str:
+        """What an error says, but for the name of the file, which may be a passing copy."""
+        name = os.path.abspath(self._file)
+        return _summary(error, f"[{name}] ", f"[{name}]", name)
 
     def _set_times(self) -> None:
         total = len(self._reader)
@@ -365,9 +372,9 @@ class _VideoReel(_Reel):
         has_times = bool(np.abs(starts).max() < 1e9 and 2 * len(np.unique(starts)) > total)
         by_rate = self._header.frame_s is not None or not has_times
         # A seek by time does not work out, or cannot be relied on.
-        self._in_order = by_rate or self._header.kind == "other"
+        self._in_order = self._without_seeks = by_rate or self._header.kind == "other"
         # Nor is the first frame that comes then the first of the file, unless the times were repaired.
-        self._check_end = self._in_order and self._header.frame_s is None
+        self._check_end = self._without_seeks and self._header.frame_s is None
         if by_rate:
             frame_s = self._header.frame_s or _frame_length(self._reader, ends - starts)
             starts, ends = np.arange(total) * frame_s, np.arange(1, total + 1) * frame_s
@@ -380,17 +387,32 @@ class _VideoReel(_Reel):
         self.duration = _end(self.starts, ends[shown]) - float(self.starts[0])
 
     def frames(self, wanted: Sequence[int]) -> Frames:
-        for _, group in groupby(wanted, lambda i: self._key_of(int(self._numbers[i]))):
-            was_in_order = self._in_order
+        if not self._check_end:
+            yield from self._read_groups(wanted)
+            return
+        try:
+            found = list(self._read_groups(wanted))
+            self._read_to_the_end()
+        except MediaError:
+            found = self._rescue(wanted)
+            if not found:
+                raise
+        yield from found
+
+    def _read_groups(self, wanted: Sequence[int]) -> Frames:
+        groups = groupby(wanted, lambda i: self._key_of(int(self._numbers[i])))
+        for group in [list(group) for _, group in groups]:
             found = self._read_group(group)
-            if self._failed and was_in_order:
-                reason = "broken video timestamps" if self._check_end else "cannot decode video"
-                raise MediaError(reason, self.fault)
+            if self._failed and self._without_seeks:
+                rescued = self._rescue([i for i in wanted if i >= group[0]])
+                if rescued is None or self._check_end:
+                    raise MediaError("cannot decode video", self.fault)
+                yield from rescued
+                return
             if self._failed:
                 self._in_order = False  # If a seek went astray here, it was because of the fault.
+                found = self._rescue(group) or []
             yield from found
-        if self._check_end:
-            self._read_to_the_end()
 
     def _read_group(self, group: Iterable[int]) -> list[tuple[int, UInt8[np.ndarray, "_ _ 3"]]]:
         """Decode the wanted frames of one group of pictures: all of them or none."""
@@ -410,7 +432,7 @@ class _VideoReel(_Reel):
 
         decord decodes ahead in a thread, and a fault that the thread finds spoils good frames before it.
         Whether it does is a matter of time: so one failure says little, and after several the whole
-        group of pictures is given up, so that the same file gives the same frames.
+        group of pictures is given up for `_rescue`, so that the same file gives the same frames.
         """
         for _ in range(_ATTEMPTS):
             try:
@@ -418,7 +440,7 @@ class _VideoReel(_Reel):
             except MemoryError:
                 raise
             except Exception as error:  # decord has an exception class for every layer below it
-                self.fault = _summary(error)
+                self.fault = self._words(error)
                 self._failed = True
         return None
 
@@ -511,16 +533,46 @@ class _VideoReel(_Reel):
                 self._reader.next()
                 self._position += 1
         except Exception as error:
-            raise MediaError("broken video timestamps", _summary(error)) from None
+            raise MediaError("broken video timestamps", self._words(error)) from None
+
+    def _rescue(self, wanted: Sequence[int]) -> list[tuple[int, UInt8[np.ndarray, "_ _ 3"]]] | None:
+        """Decode frames of a damaged clip with PyAV, up to the fault; None where it is not installed.
+
+        It decodes in one thread, so that what it gives does not depend on time; and it gives the same
+        pixels as decord, so that it does not matter when decord came upon the fault.
+        """
+        if find_spec("av") is None:
+            return None
+        numbers = {int(self._numbers[i]): i for i in wanted}
+        key = 0 if self._in_order else self._key_of(min(numbers))
+        first = int(self._numbers[0])
+        start_s = float(self.starts[key - first]) if key > first else None
+        found = {}
+        for count, (time, pixels) in enumerate(_decode_to_fault(self._file, start_s, self._shape)):
+            number = first + count if self._in_order else self._number_at(time)
+            if number in numbers:
+                found[numbers[number]] = self._mirror(pixels)
+            if number >= max(numbers):
+                break
+        return sorted(found.items(), key=lambda item: item[0])
+
+    def _number_at(self, time: float) -> int:
+        """The number of the frame that is shown from a moment on, in seconds; -1 where none is."""
+        at = int(np.searchsorted(self.starts, time - _TIME_SLACK_S))
+        near = at < len(self.starts) and self.starts[at] <= time + _TIME_SLACK_S
+        return int(self._numbers[at]) if near else -1
 
     def _pixels(self, frame: Any) -> UInt8[np.ndarray, "H W 3"]:
         pixels = frame.asnumpy()
         if pixels.shape[-1] != 3:  # decord takes the padding of narrow rows for further channels.
             height, width = self._shape
             pixels = pixels.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
-        if self._header.mirrored is not None:
-            pixels = np.flip(pixels, self._header.mirrored).copy()
-        return pixels
+        return self._mirror(pixels)
+
+    def _mirror(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+        if self._header.mirrored is None:
+            return pixels
+        return np.flip(pixels, self._header.mirrored).copy()
 
 
 @lru_cache(maxsize=1)
@@ -541,6 +593,47 @@ def _import_decord() -> Any:
     import decord
 
     return decord
+
+
+def _decode_to_fault(
+    file: Path, start_s: float | None, shape: tuple[int, int]
+) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
+    """Times and frames of a video from a keyframe on, as PyAV decodes them and decord scales them."""
+    import av
+    from av.error import FFmpegError
+
+    with (
+        suppress(FFmpegError),
+        av.open(os.path.abspath(file), "r", metadata_errors="replace") as container,
+    ):
+        stream: Any = container.streams.best("video")
+        stream.codec_context.thread_count = 1
+        first = stream.start_time or 0
+        if start_s is not None:
+            container.seek(first + round(start_s / stream.time_base), stream=stream)
+        graph = None
+        for frame in container.decode(stream):
+            graph = graph or _scaling_graph(stream, -frame.rotation % 360, shape)
+            graph.push(frame)
+            time = float((frame.pts - first) * stream.time_base) if frame.pts is not None else 0.0
+            yield time, graph.pull().to_ndarray()
+
+
+def _scaling_graph(stream: Any, turn: int, shape: tuple[int, int]) -> Any:
+    """The filters that decord sends frames through."""
+    from av.filter import Graph
+
+    graph = Graph()
+    turns = {90: ["1"], 180: ["1", "1"], 270: ["2"]}.get(turn, [])
+    nodes = [
+        graph.add_buffer(template=stream),
+        *(graph.add("transpose", direction) for direction in turns),
+        graph.add("scale", f"{shape[1]}:{shape[0]}"),
+        graph.add("format", "rgb24"),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(*nodes).configure()
+    return graph
 
 
 def _num_read(reader: Any) -> int:
@@ -625,8 +718,8 @@ def _image_faults() -> Iterator[None]:
             yield
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise MediaError("image too large", _summary(error)) from None
-        except Image.UnidentifiedImageError as error:
-            raise MediaError("cannot open image", _summary(error)) from None
+        except Image.UnidentifiedImageError:
+            raise MediaError("cannot open image", "unknown format") from None
         except MemoryError:
             raise MediaError("not enough memory") from None
         except Exception as error:  # a damaged file raises whatever its decoder met
@@ -693,12 +786,17 @@ def encode_jpeg(image: UInt8[np.ndarray, "H W 3"], quality: int) -> bytes:
 
 
 def decode_jpeg(data: bytes) -> "UInt8[Tensor, '3 H W']":
-    """Decode a JPEG into a tensor, as the loader does for every frame. Raises `MediaError`."""
+    """Decode a JPEG into a tensor, as the loader does for every frame. Raises `MediaError`.
+
+    Tars that others wrote may hold PNG and WebP instead, which take longer.
+    """
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
     if not data:
         raise MediaError("empty file")
+    if not data.startswith(b"\xff\xd8\xff"):
+        return torch.from_numpy(np.array(read_image(data))).permute(2, 0, 1).contiguous()
     try:
         # bytearray: torch warns about memory that it may not write to.
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -741,7 +839,7 @@ def _caption_bytes(file: Path | bytes) -> bytes:
 
 
 def _captions_beside(source: Source) -> str | Path | None:
-    if isinstance(source, bytes):
+    if isinstance(source, bytes) or find_slice(str(source)) is not None:
         return None
     if isinstance(source, str) and "://" in source:
         return _captions_beside_url(source)
@@ -798,7 +896,7 @@ def _captions_inside(file: Path | bytes) -> str | None:
         ) from None
     try:
         opened = io.BytesIO(file) if isinstance(file, bytes) else os.path.abspath(file)
-        with av.open(opened, "r") as container:
+        with av.open(opened, "r", metadata_errors="replace") as container:
             streams = [
                 s for s in container.streams.subtitles if s.codec_context.name in _TEXT_CODECS
             ]
@@ -842,28 +940,38 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "
 @contextmanager
 def _local(source: Source) -> Iterator[Path | bytes]:
     """A source as something local that is there and holds something; fetched where it is a URL."""
-    if isinstance(source, str) and "://" in source:
+    if isinstance(source, str) and (part := find_slice(source)) is not None:
+        yield _checked(_slice_bytes(part), str(part))
+    elif isinstance(source, str) and "://" in source:
         with _fetched(source) as path:
-            yield _checked(path)
+            yield _checked(path, source)
     else:
-        yield _checked(source)
+        yield _checked(source, source)
 
 
-def _checked(source: Source) -> Path | bytes:
+def _checked(source: Source, name: Source) -> Path | bytes:
     if isinstance(source, bytes):
         if not source:
             raise MediaError("empty file")
         return source
-    path = Path(source)
+    path, name = Path(source), str(name)
     if not path.exists():
-        raise MediaError("file not found", str(path))
+        raise MediaError("file not found", name)
     if not path.is_file():
-        raise MediaError("not a file", str(path))
+        raise MediaError("not a file", name)
     if not os.access(path, os.R_OK):
-        raise MediaError("no permission to read", str(path))
+        raise MediaError("no permission to read", name)
     if not path.stat().st_size:
-        raise MediaError("empty file", str(path))
+        raise MediaError("empty file", name)
     return path
+
+
+def _slice_bytes(part: Slice) -> bytes:
+    """A member of a tar: a seek in a local file, a range request to a remote one."""
+    if part.size > MAX_FETCH_BYTES:
+        raise MediaError("file too large", str(part))
+    with _remote_faults(part.path):
+        return read_slice(part)
 
 
 @contextmanager
@@ -939,13 +1047,16 @@ def _remote_faults(url: str) -> Iterator[None]:
         raise MediaError("cannot fetch", f"{url}: {_summary(error)}") from None
 
 
-def _summary(error: BaseException) -> str:
+def _summary(error: BaseException, *without: str) -> str:
     """The first line of an error, short and printable: decord quotes the bytes it was given.
 
-    decord's time of day and place in its code are taken off, so that the same fault gives the same words.
+    decord's time of day and place in its code are taken off, and the names of passing files, so that
+    the same fault gives the same words.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = re.sub(r"\[\d\d:\d\d:\d\d\] |\S+\.(cc|h):\d+: ", "", lines[0])
+    for name in without:
+        line = line.replace(name, "")
     return "".join(c if c.isprintable() else "?" for c in line)[:200]
 
 

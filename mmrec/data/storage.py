@@ -7,6 +7,9 @@ real file is fetched once into a cache (`local_copy`), which two environment var
     MMREC_CACHE      its folder; ~/.cache/mmrec by default
     MMREC_CACHE_GB   the bytes that it may hold, in units of 10^9; 50 by default
 
+Training wants all tars of a split in it, or at least those that a window of the sampler reads at once
+(`--sampler.window-shards`): with less room the same tars are fetched over and over.
+
 Credentials and endpoints come from where each protocol's own package looks for them (for S3
 AWS_PROFILE, AWS_ENDPOINT_URL and the like), and from fsspec's configuration.
 """

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float32
 from tqdm import tqdm
 
 import mmrec
-from mmrec.data.media import decode_jpeg
+from mmrec.data.media import decode_jpeg, encode_jpeg
 from mmrec.data.shards import ShardReader, image_name, open_shards
 from mmrec.errors import UserError
 from mmrec.manifest import FILE_NAME, check_no_file, read_manifest, write_whole
@@ -329,13 +330,20 @@ def _seed_of(run: Path) -> int:
         return 0
 
 
+@cache
+def blank_picture() -> bytes:
+    """A grey JPEG, for a product that has no picture."""
+    return encode_jpeg(np.full((32, 32, 3), 235, np.uint8), 80)
+
+
 def _matched(catalog: ShardReader, row: int, score: float, right: bool) -> MatchedProduct:
     meta = catalog.meta(row)
+    name = image_name(0)
     return MatchedProduct(
         product_id=meta["product_id"],
         title=meta["title"],
         score=score,
-        image=catalog.read(row, [image_name(0)])[image_name(0)],
+        image=catalog.read(row, [name])[name] if name in catalog.names(row) else blank_picture(),
         right=right,
         attributes=meta["attributes"],
     )

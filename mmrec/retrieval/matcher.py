@@ -27,7 +27,7 @@ from mmrec.data.media import (
     resize_shorter,
 )
 from mmrec.data.shards import ShardReader, image_name
-from mmrec.data.storage import Place
+from mmrec.data.storage import Place, joined
 from mmrec.errors import MediaError, UserError
 from mmrec.manifest import Parent, find_parent, read_manifest, relative_path
 from mmrec.model.encoder import Encoder
@@ -219,7 +219,11 @@ class Matcher:
         image = None
         if self._catalog is not None and product_id in self._picture_rows:
             row = self._picture_rows[product_id]
-            image = self._catalog.read(row, [image_name(0)])[image_name(0)]
+            name = image_name(0)
+            # Products of tars that others wrote may have words alone.
+            image = (
+                self._catalog.read(row, [name])[name] if name in self._catalog.names(row) else None
+            )
         return Match(
             product_id=product_id, score=score, title=title, attributes=attributes, image=image
         )
@@ -254,7 +258,7 @@ def build_index(
         Parent(
             kind=parent.kind,
             fingerprint=parent.fingerprint,
-            path=relative_path(out, embeddings / parent.path),
+            path=relative_path(out, joined(embeddings, parent.path)),
         )
         for parent in loaded.manifest.parents
     ]

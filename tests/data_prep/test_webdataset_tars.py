@@ -12,7 +12,6 @@ from clips import moving_square, write_clip
 from conftest import load_program
 from servers import http_server
 
-from mmrec.data import media
 from mmrec.data.media import encode_jpeg
 from mmrec.data.shards import open_shards
 from mmrec.data.storage import find_slice, read_slice
@@ -163,7 +162,6 @@ def test_tars_behind_a_url(
         assert read_slice(part) == clips[1]
 
 
-@pytest.mark.skipif(not hasattr(media, "find_slice"), reason="media.py does not read slices")
 def test_shards_are_made_of_them(folder: Path) -> None:
     program.main(config(folder))
     make_shards = load_program("data_prep/make_shards.py")
