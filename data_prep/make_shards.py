@@ -96,6 +96,7 @@ SAMPLES_SCHEMA = pa.schema(
 )
 MOST_LISTED = 1_000  # drops in the manifest; dropped.parquet has them all
 SAMPLES_PER_PART = 64  # seconds of decoding: far above the cost of a task, and little to do again
+PARTS_OF_A_TABLE = 256  # of fewer samples, if there are few, so that no core waits long for the last
 SUBTITLES = "subtitles"  # a text column that is read from the media
 
 
@@ -414,13 +415,14 @@ def _decode_tasks(
         ("product", tables.products, config.max_images_per_product),
         ("content", _linked(tables, links), config.num_frames),
     ):
+        size = min(SAMPLES_PER_PART, max(8, math.ceil(len(table) / PARTS_OF_A_TABLE)))
         tasks[kind] = [
             DecodeTask(
-                str(work.root / "parts" / f"{kind}s-{start // SAMPLES_PER_PART:06d}"),
-                _media(tables, kind, table.slice(start, SAMPLES_PER_PART), most),
+                str(work.root / "parts" / f"{kind}s-{start // size:06d}"),
+                _media(tables, kind, table.slice(start, size), most),
                 decoding,
             )
-            for start in range(0, len(table), SAMPLES_PER_PART)
+            for start in range(0, len(table), size)
         ]
     return tasks
 

@@ -31,14 +31,13 @@ def hash_jpeg(jpeg: bytes) -> bytes | None:
     """The hash of a picture; None where it is too flat to be told from another flat one."""
     with Image.open(io.BytesIO(jpeg)) as image:
         image.draft("RGB", (64, 64))  # libjpeg decodes at an eighth of the size, many times faster
-        small = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX))
-        grey = image.convert("L")
-        across = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
-        down = np.asarray(grey.resize((8, 9), Image.Resampling.BOX)).astype(np.int16)
-    if small.mean(-1).std() < _LEAST_CONTRAST:
+        small = image.convert("RGB").resize((9, 9), Image.Resampling.BOX)
+    pixels = np.asarray(small)
+    grey = np.asarray(small.convert("L")).astype(np.int16)
+    if grey.std() < _LEAST_CONTRAST:
         return None
-    bits = [across[:, 1:] > across[:, :-1], down[1:] > down[:-1]]
-    color = small.reshape(-1, 3).mean(0).round().astype(np.uint8)
+    bits = [grey[:8, 1:] > grey[:8, :-1], grey[1:, :8] > grey[:-1, :8]]
+    color = pixels.reshape(-1, 3).mean(0).round().astype(np.uint8)
     return np.packbits(np.concatenate([part.ravel() for part in bits])).tobytes() + color.tobytes()
 
 

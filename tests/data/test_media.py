@@ -309,7 +309,7 @@ def test_an_hour_is_not_decoded_from_end_to_end(tmp_path):
     started = time.process_time()
     with av.open(str(path)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 3600
-    assert took < (time.process_time() - started) / 2
+    assert took < 0.75 * (time.process_time() - started)  # a quarter, on a quiet machine
 
 
 # Keyframes and scenes
