@@ -6,8 +6,8 @@
 Ours is the whole of data_prep/make_shards.py: tables checked, frames decoded in a child process with
 limits, resized, encoded, hashed, grouped, packed and published. The bare loop opens each file, takes the
 frames, has decord resize them, and keeps nothing. Each measurement runs in processes of its own, the two
-in turns on one core, then on all. `--peer` measures video2dataset too, in a virtual environment of its own
-under .peers/. The last line is one JSON object; a ratio is our videos a second over the peer's.
+in turns on one core, then on all. The last line is one JSON object; a ratio is our videos a second over the
+peer's.
 """
 
 import itertools
@@ -29,7 +29,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_FRAMES, SIZE = 8, 224
-BARE_BAR, SCALING_BAR, PEER_BAR = 0.85, 0.85, 1.5
+BARE_BAR, SCALING_BAR = 0.85, 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,6 @@ class PrepareVideosConfig:
     """Times that each is measured; medians count."""
     quick: bool = False
     """Few generated clips, once."""
-    peer: bool = False
-    """Measure video2dataset as well; installs it under .peers/ at first."""
 
 
 def main(config: PrepareVideosConfig) -> None:
@@ -65,8 +63,6 @@ def main(config: PrepareVideosConfig) -> None:
                     rates.setdefault(f"{who}, {what}", []).append(rate)
                     print(f"{who:<5} on {what:<10} {rate:8.1f} videos/s", flush=True)
         results = _judge({name: statistics.median(found) for name, found in rates.items()})
-        if config.peer:
-            results += _peer(folder, many, cores, statistics.median(rates["ours, all cores"]))
     machine = f"{platform.machine()}, {len(cores)} cores, Python {platform.python_version()}"
     print(json.dumps({"benchmark": "prepare_videos", "machine": machine, "results": results}))
 
@@ -223,41 +219,6 @@ def _run(command: list[Any], cores: list[int] | None = None, lines: list[str] | 
     if done.returncode:
         raise SystemExit(f"{' '.join(text[:6])} ...: {done.stderr[-2000:]}")
     return done.stdout
-
-
-# video2dataset, which has pins of its own
-
-
-def _peer(folder: Path, tables: Path, cores: list[int], ours: float) -> list[dict[str, Any]]:
-    try:
-        python = _install_peer()
-        seconds = _run_peer(python, folder, tables, cores)
-    except (subprocess.CalledProcessError, SystemExit) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        print(f"video2dataset cannot be measured here: {said[-1500:]}")
-        return []
-    rate = _num_contents(tables) / seconds
-    print(f"video2dataset on all cores {rate:8.1f} videos/s", flush=True)
-    return [_result("all cores", "video2dataset", ours / rate, PEER_BAR)]
-
-
-def _install_peer() -> Path:
-    """A virtual environment with video2dataset, made once."""
-    home = ROOT / ".peers" / "video2dataset"
-    python = home / "bin" / "python"
-    if not (home / ".installed").exists():
-        _checked([sys.executable, "-m", "venv", home])
-        _checked([python, "-m", "pip", "install", "--quiet", "video2dataset", "imageio-ffmpeg"])
-        (home / ".installed").touch()
-    return python
-
-
-def _run_peer(python: Path, folder: Path, tables: Path, cores: list[int]) -> float:
-    raise SystemExit("not measured yet")
-
-
-def _checked(command: list[Any]) -> None:
-    subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
 
 
 if __name__ == "__main__":
