@@ -96,7 +96,9 @@ SAMPLES_SCHEMA = pa.schema(
 )
 MOST_LISTED = 1_000  # drops in the manifest; dropped.parquet has them all
 SAMPLES_PER_PART = 64  # seconds of decoding: far above the cost of a task, and little to do again
-PARTS_OF_A_TABLE = 256  # of fewer samples, if there are few, so that no core waits long for the last
+PARTS_OF_A_TABLE = (
+    256  # of fewer samples, if there are few, so that no core waits long for the last
+)
 SUBTITLES = "subtitles"  # a text column that is read from the media
 
 
