@@ -21,6 +21,9 @@ from typing import Any, Literal
 # Read as torch is imported. Threads that wait for the others of a layer by spinning take the cores of the
 # loader's processes: with anything else on the machine a step then takes up to five times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Large tensors in large pages: a batch comes and goes at every step, and each of its 4 KiB pages would be
+# found and cleared anew.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import tyro

@@ -4,6 +4,7 @@ Images travel as uint8 and are normalised a batch at a time inside the encoder, 
 letters: B samples, T frames or images, H W pixels, L tokens, M links of a content.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mmrec.data.media import decode_jpeg
@@ -29,7 +30,7 @@ class ItemBatch:
     """Contents or products as the encoder takes them: pictures, a title, and masks of what is there."""
 
     images: UInt8[Tensor, "B T 3 H W"]
-    """A content's frames or a product's images; zero where the mask is false."""
+    """A content's frames or a product's images; zero where the mask is false. Channels lie innermost."""
     image_mask: Bool[Tensor, "B T"]
     tokens: Int[Tensor, "B L"]
     """The title's tokens; meaningless where the mask is false."""
@@ -37,6 +38,13 @@ class ItemBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def pictures(self) -> UInt8[Tensor, "N 3 H W"]:
+        """The pictures that are there, row by row, with channels innermost in memory."""
+        flat = self.images.flatten(0, 1).permute(0, 2, 3, 1)  # (B * T, H, W, 3)
+        if not self.image_mask.all():
+            flat = flat[self.image_mask.flatten()]
+        return flat.permute(0, 3, 1, 2)
 
     def to(self, device: torch.device | str) -> "ItemBatch":
         """The same batch on another device."""
@@ -116,10 +124,12 @@ class Preprocess:
 
     def __call__(self, image: Image) -> UInt8[Tensor, "3 S S"]:
         """Resize and crop as at test time."""
-        mode = InterpolationMode(self.interpolation)
         if self.resize == "squash":
-            return F.resize(image, [self.size, self.size], interpolation=mode, antialias=True)
-        image = F.resize(image, [self.size], interpolation=mode, antialias=True)
+            return _resize(image, self.size, self.size, self.interpolation)
+        height, width = image.shape[-2:]
+        shorter = min(height, width)
+        height, width = (int(self.size * side / shorter) for side in (height, width))
+        image = _resize(image, height, width, self.interpolation)
         return F.center_crop(image, [self.size, self.size])
 
     def augmented(
@@ -127,10 +137,9 @@ class Preprocess:
     ) -> UInt8[Tensor, "3 S S"]:
         """Crop, flip and recolour as one draw of augmentation says, at the tower's size or another."""
         side = size or self.size
-        height, width = image.shape[-2:]
-        box = [int(part) for part in view.box(height, width)]
-        mode = InterpolationMode(self.interpolation)
-        image = F.resized_crop(image, *box, size=[side, side], interpolation=mode, antialias=True)
+        top, left, height, width = view.box(*image.shape[-2:])
+        image = image[:, top : top + height, left : left + width]
+        image = _resize(image, side, side, self.interpolation)
         if view.flip:
             image = F.horizontal_flip(image)
         if view.color != (1.0, 1.0, 1.0):
@@ -139,6 +148,28 @@ class Preprocess:
             image = F.adjust_contrast(image, contrast)
             image = F.adjust_saturation(image, saturation)
         return image
+
+
+def _resize(image: Image, height: int, width: int, mode: str) -> UInt8[Tensor, "3 _ _"]:
+    if image.shape[-2:] == (height, width):
+        return image
+    # Decoders lay channels innermost, and torch resizes bytes twice as fast so; a crop must be copied
+    # first, or it falls back to planes.
+    pixels = image[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(pixels, size=(height, width), mode=mode, antialias=True)[0]
+
+
+def normalise_pixels(
+    images: UInt8[Tensor, "N 3 H W"], mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]
+) -> Float[Tensor, "N 3 H W"]:
+    """Bytes to floats less `mean` over `std` (both in 0..255 per channel), channels innermost in memory."""
+    pixels = images.permute(0, 2, 3, 1).contiguous().float()  # (N, H, W, 3)
+    # Whole lines of an image at a time: three numbers repeated are too short to compute on at once.
+    lines = pixels.flatten(2)  # (N, H, W * 3)
+    width = pixels.shape[2]
+    # In place: a batch of floats is large, and each copy of it is memory to be found and filled.
+    torch.addcmul((-mean / std).repeat(width), lines, (1 / std).repeat(width), out=lines)
+    return pixels.permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -150,23 +181,21 @@ class View:
     top: float
     left: float
     flip: bool
-    color: tuple[float, float, float]
+    color: tuple[float, ...]
+    """Factors of brightness, contrast and saturation."""
 
     @classmethod
     def draw(cls, config: AugmentConfig, rng: np.random.Generator) -> "View":
         """Draw crop, flip and colour from a generator."""
-        log_aspect = np.log(config.max_aspect)
+        # One call: each costs as much as resizing a few lines of a picture.
+        scale, aspect, top, left, flip, *color = rng.random(8).tolist()
         return cls(
-            scale=rng.uniform(config.min_scale, 1),
-            aspect=float(np.exp(rng.uniform(-log_aspect, log_aspect))),
-            top=rng.random(),
-            left=rng.random(),
-            flip=bool(rng.random() < config.flip),
-            color=(
-                1 + config.color * rng.uniform(-1, 1),
-                1 + config.color * rng.uniform(-1, 1),
-                1 + config.color * rng.uniform(-1, 1),
-            ),
+            scale=config.min_scale + (1 - config.min_scale) * scale,
+            aspect=math.exp(math.log(config.max_aspect) * (2 * aspect - 1)),
+            top=top,
+            left=left,
+            flip=flip < config.flip,
+            color=tuple(1 + config.color * (2 * part - 1) for part in color),
         )
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -188,19 +217,41 @@ def collate_items(
 ) -> ItemBatch:
     """Stack items with any number of pictures (0 or more) and with or without a title."""
     longest = max(1, max(len(pictures) for pictures in images))
-    stacked = torch.zeros(len(images), longest, 3, size, size, dtype=torch.uint8)
+    # numpy asks for memory that is zero already, so that places without a picture cost nothing.
+    stacked = torch.from_numpy(np.zeros((len(images), longest, size, size, 3), np.uint8))
     mask = torch.zeros(len(images), longest, dtype=torch.bool)
     for row, pictures in enumerate(images):
         for t, picture in enumerate(pictures):
-            stacked[row, t] = picture
+            stacked[row, t] = picture.permute(1, 2, 0)
         mask[row, : len(pictures)] = True
-    has_title = [bool(title and title.strip()) for title in titles]
-    tokens = tokenizer(
-        [title if has and title else "" for title, has in zip(titles, has_title, strict=True)]
-    )
+    given = [title for title in titles if title and title.strip()]
+    text_mask = torch.tensor([bool(title and title.strip()) for title in titles])
+    found = tokenizer(given or [""])
+    tokens = found.new_zeros(len(titles), found.shape[1])
+    if given:
+        tokens[text_mask] = found
     return ItemBatch(
-        images=stacked, image_mask=mask, tokens=tokens, text_mask=torch.tensor(has_title)
+        images=stacked.permute(0, 1, 4, 2, 3), image_mask=mask, tokens=tokens, text_mask=text_mask
     )
+
+
+class RememberingTokenizer:
+    """A tokenizer that keeps what it found for titles: a product's comes back in most batches."""
+
+    def __init__(self, tokenizer: Tokenizer, *, most: int = 8192) -> None:
+        """Keep at most so many titles; all are let go when they are more."""
+        self._tokenizer = tokenizer
+        self._most = most
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "B L"]:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._known) + len(new) > self._most:
+            self._known.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            self._known |= dict(zip(new, self._tokenizer(new).unbind(), strict=True))
+        return torch.stack([self._known[text] for text in texts])
 
 
 def number_products(ids: Iterable[Sequence[str]]) -> dict[str, int]:
@@ -221,6 +272,13 @@ def spread_randomly(count: int, wanted: int, rng: np.random.Generator) -> list[i
         return list(range(count))
     edges = np.linspace(0, count, wanted + 1)
     return [int(i) for i in np.minimum(rng.uniform(edges[:-1], edges[1:]).astype(int), count - 1)]
+
+
+def draw_some(count: int, wanted: int, rng: np.random.Generator) -> list[int]:
+    """So many of `count` numbers at random, in order; all of them where there are fewer."""
+    if count <= wanted:
+        return list(range(count))
+    return sorted(rng.choice(count, wanted, replace=False).tolist())
 
 
 @dataclass(frozen=True)
@@ -273,9 +331,8 @@ class PairDataset(Dataset[_Pair]):
         present = self._reader.names(sample)
         num_frames = sum(1 for name in present if name.startswith("f"))
         frames = [frame_name(t) for t in spread_randomly(num_frames, self._num_frames, rng)]
-        count = min(self._num_images, linked["num_images"])
-        drawn = np.sort(rng.choice(linked["num_images"], count, replace=False))
-        images = [product_image_name(slot, int(i)) for i in drawn if row.brings_product]
+        drawn = draw_some(linked["num_images"], self._num_images, rng)
+        images = [product_image_name(slot, i) for i in drawn if row.brings_product]
         bytes_read = self._reader.read(sample, [*frames, *images])
         size = self._augment.size_of(row.epoch, self._num_epochs) or self._preprocess.size
         content = self._pictures([bytes_read[name] for name in frames], rng, size)
@@ -317,11 +374,11 @@ class _CollatePairs:
     """Every batch is padded to this width, so that ranks can gather links as they are."""
 
     def __call__(self, pairs: list[_Pair]) -> PairBatch:
-        links = torch.full((len(pairs), self.max_links), -1)
-        weights = torch.zeros(len(pairs), self.max_links)
+        links = np.full((len(pairs), self.max_links), -1)
+        weights = np.zeros((len(pairs), self.max_links), np.float32)
         for row, pair in enumerate(pairs):
-            links[row, : len(pair.links)] = torch.tensor(pair.links)
-            weights[row, : len(pair.weights)] = torch.tensor(pair.weights)
+            links[row, : len(pair.links)] = pair.links
+            weights[row, : len(pair.weights)] = pair.weights
         collate = {"tokenizer": self.tokenizer, "size": pairs[0].size}
         return PairBatch(
             content=collate_items(
@@ -331,8 +388,8 @@ class _CollatePairs:
                 [p.product for p in pairs], [p.product_title for p in pairs], **collate
             ),
             product_number=torch.tensor([p.number for p in pairs]),
-            links=links,
-            weights=weights,
+            links=torch.from_numpy(links),
+            weights=torch.from_numpy(weights),
             samples=torch.tensor([p.sample for p in pairs]),
         )
 
@@ -349,7 +406,7 @@ def pair_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-        collate_fn=_CollatePairs(tokenizer, dataset.max_links),
+        collate_fn=_CollatePairs(RememberingTokenizer(tokenizer), dataset.max_links),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,

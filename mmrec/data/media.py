@@ -790,18 +790,16 @@ def decode_jpeg(data: bytes) -> "UInt8[Tensor, '3 H W']":
 
     Tars that others wrote may hold PNG and WebP instead, which take longer.
     """
+    import simplejpeg
     import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
 
     if not data:
         raise MediaError("empty file")
     if not data.startswith(b"\xff\xd8\xff"):
         return torch.from_numpy(np.array(read_image(data))).permute(2, 0, 1).contiguous()
     try:
-        # bytearray: torch warns about memory that it may not write to.
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return cast("Tensor", decode_jpeg(encoded, mode=ImageReadMode.RGB))
-    except RuntimeError as error:
+        return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+    except ValueError as error:
         raise MediaError("cannot decode image", _summary(error)) from None
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mmrec.data.batches import ItemBatch, PairBatch, Preprocess, Tokenizer
+from mmrec.data.batches import ItemBatch, PairBatch, Preprocess, Tokenizer, normalise_pixels
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
@@ -151,10 +151,7 @@ class Encoder(nn.Module):
         # Padding is left out before the towers: it costs nothing, and never reaches batch statistics.
         pictures = self._run(
             {"content": self.image_tower, "product": self.product_image_tower},
-            {
-                side: self.normalise_pixels(items.images[items.image_mask])
-                for side, items in sides.items()
-            },
+            {side: self.normalise_pixels(items.pictures()) for side, items in sides.items()},
         )
         texts = self._run(
             {"content": self.text_tower, "product": self.product_text_tower},
@@ -219,9 +216,7 @@ class Encoder(nn.Module):
 
     def normalise_pixels(self, images: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         """Bytes to the floats that the image tower was trained on."""
-        pixels = images.to(torch.float32, memory_format=torch.channels_last)
-        # In place: a batch of floats is large, and each copy of it is memory to be found and filled.
-        return pixels.sub_(self.mean).div_(self.std)
+        return normalise_pixels(images, self.mean.flatten(), self.std.flatten())
 
     def save(
         self, folder: Path | str, *, parents: list[Parent] | None = None, overwrite: bool = False

@@ -5,14 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from mmrec.data.batches import (
     AugmentConfig,
     PairDataset,
     Preprocess,
+    RememberingTokenizer,
     View,
     collate_items,
+    draw_some,
     item_loader,
+    normalise_pixels,
     number_products,
     pair_loader,
     spread,
@@ -158,3 +163,59 @@ def test_crops_stay_inside_the_picture(shape: tuple[int, int]) -> None:
         assert 0 <= left <= left + width <= shape[1]
         assert height >= 1
         assert width >= 1
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_crops_are_resized_as_torchvision_does(mode: str) -> None:
+    rng = np.random.default_rng(0)
+    # As decoders give pictures: channels innermost.
+    image = torch.from_numpy(rng.integers(0, 256, (50, 70, 3), np.uint8)).permute(2, 0, 1)
+    view = View(scale=0.5, aspect=1.2, top=0.3, left=0.9, flip=False, color=(1.0, 1.0, 1.0))
+    preprocess = Preprocess(size=24, interpolation=mode)  # pyright: ignore[reportArgumentType]
+    expected = F.resized_crop(
+        image.contiguous(),
+        *view.box(50, 70),
+        size=[24, 24],
+        interpolation=InterpolationMode(mode),
+        antialias=True,
+    )
+    assert torch.equal(preprocess.augmented(image, view), expected)
+
+
+def test_pixels_are_normalised_by_channel() -> None:
+    images = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
+    mean, std = torch.tensor([100.0, 110.0, 120.0]), torch.tensor([50.0, 60.0, 70.0])
+    expected = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        found = normalise_pixels(given, mean, std)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found, expected)
+    assert images.dtype == torch.uint8
+
+
+def test_a_batchs_pictures_are_those_that_the_mask_names() -> None:
+    pictures = [torch.full((3, 4, 4), n, dtype=torch.uint8) for n in range(1, 4)]
+    for rows in ([pictures[:2], [], pictures[2:]], [pictures[:1], pictures[1:2], pictures[2:]]):
+        batch = collate_items(rows, [None] * 3, tokenizer=letters, size=4)
+        assert torch.equal(batch.pictures(), torch.stack(pictures))
+
+
+def test_titles_are_tokenised_once() -> None:
+    asked: list[str] = []
+
+    def tokenizer(texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return letters(texts)
+
+    remembering = RememberingTokenizer(tokenizer, most=3)
+    for texts in (["a", "b", "a"], ["b", "c"], ["a", "d"], ["c"]):
+        assert torch.equal(remembering(texts), letters(texts))
+    # The fourth title is one too many: all are let go, and those of its batch are asked for again.
+    assert asked == ["a", "b", "c", "a", "d", "c"]
+
+
+def test_some_are_drawn_in_order() -> None:
+    rng = np.random.default_rng(0)
+    assert draw_some(3, 5, rng) == [0, 1, 2]
+    draws = {tuple(draw_some(4, 2, rng)) for _ in range(200)}
+    assert draws == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}

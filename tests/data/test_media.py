@@ -1103,7 +1103,7 @@ def test_resizing_is_antialiased():
     assert np.abs(resize_shorter(lines, 16).astype(int) - 128).max() < 16
 
 
-def test_jpegs_are_the_same_for_pillow_and_torchvision():
+def test_jpegs_are_the_same_for_pillow_and_the_loader():
     pixels = resize_shorter(np.kron(noise(8, 12), np.ones((16, 16, 1), np.uint8)), 64)
     data = encode_jpeg(pixels, 95)
     assert data == encode_jpeg(pixels, 95)
@@ -1116,3 +1116,5 @@ def test_jpegs_are_the_same_for_pillow_and_torchvision():
         np.testing.assert_array_equal(decode_jpeg(other).permute(1, 2, 0), read_image(other))
     grey = saved(Image.fromarray(pixels).convert("L"), format="JPEG")
     assert tuple(decode_jpeg(grey).shape) == (3, 64, 96)
+    cmyk = saved(Image.fromarray(pixels).convert("CMYK"), format="JPEG", quality=95)
+    assert difference(decode_jpeg(cmyk).permute(1, 2, 0).numpy(), read_image(cmyk)) < 3
