@@ -15,9 +15,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mmrec.data.media import decode_jpeg
+from mmrec.data.mixing import mix_rows
 from mmrec.data.sampler import RankBatches, Row
 from mmrec.data.shards import ShardReader, frame_name, image_name, product_image_name
 
@@ -96,6 +98,15 @@ class AugmentConfig:
     """Probability of a mirror image; 0 where printed words matter."""
     color: float = 0.2
     """Strength of brightness, contrast and saturation changes; 0 turns them off."""
+    rotate: float = 0.0
+    """Largest rotation of a picture, either way, in degrees; what it uncovers is the picture's mean."""
+    erase: float = 0.0
+    """Probability that a rectangle of a picture is filled with its mean (Zhong et al. 2020)."""
+    mix: float = 0.0
+    """Probability that a rectangle of a content's pictures is another row's, with its links (CutMix).
+
+    What is mixed has no title.
+    """
     modality_dropout: float = 0.1
     """Probability that a side which has both pictures and a title loses one of them."""
     early_size: int | None = None
@@ -147,6 +158,15 @@ class Preprocess:
             image = F.adjust_brightness(image, brightness)
             image = F.adjust_contrast(image, contrast)
             image = F.adjust_saturation(image, saturation)
+        if view.angle or view.hole:
+            mean = image.float().mean((1, 2)).tolist()
+            if view.angle:
+                mode = InterpolationMode.BILINEAR
+                image = F.rotate(image, view.angle, interpolation=mode, fill=mean)
+            if view.hole:
+                top, left, height, width = (round(part * side) for part in view.hole)
+                fill = torch.tensor(mean).to(torch.uint8).view(3, 1, 1)
+                image = F.erase(image, top, left, height, width, fill)
         return image
 
 
@@ -183,19 +203,29 @@ class View:
     flip: bool
     color: tuple[float, ...]
     """Factors of brightness, contrast and saturation."""
+    angle: float = 0.0
+    """Rotation in degrees, against the clock."""
+    hole: tuple[float, float, float, float] | None = None
+    """What is erased: top, left, height and width as shares of the side."""
 
     @classmethod
     def draw(cls, config: AugmentConfig, rng: np.random.Generator) -> "View":
         """Draw crop, flip and colour from a generator."""
         # One call: each costs as much as resizing a few lines of a picture.
-        scale, aspect, top, left, flip, *color = rng.random(8).tolist()
+        draws = rng.random(14).tolist()
+        scale, aspect, top, left, flip = draws[:5]
+        erase, hole_height, hole_width, hole_top, hole_left = draws[9:]
+        hole_height, hole_width = 0.15 + 0.35 * hole_height, 0.15 + 0.35 * hole_width
+        hole = ((1 - hole_height) * hole_top, (1 - hole_width) * hole_left, hole_height, hole_width)
         return cls(
             scale=config.min_scale + (1 - config.min_scale) * scale,
             aspect=math.exp(math.log(config.max_aspect) * (2 * aspect - 1)),
             top=top,
             left=left,
             flip=flip < config.flip,
-            color=tuple(1 + config.color * (2 * part - 1) for part in color),
+            color=tuple(1 + config.color * (2 * part - 1) for part in draws[5:8]),
+            angle=config.rotate * (2 * draws[8] - 1),
+            hole=hole if erase < config.erase else None,
         )
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -291,6 +321,7 @@ class _Pair:
     links: list[int]
     weights: list[float]
     sample: int
+    epoch: int
     size: int
     """Side of its pictures, in pixels; the same in all rows of an epoch."""
 
@@ -314,17 +345,17 @@ class PairDataset(Dataset[_Pair]):
         self._reader = reader
         self._numbers = numbers
         self._preprocess = preprocess
-        self._augment = augment
+        self.augment = augment
         self._num_frames = num_frames
         self._num_images = num_images
         self._num_epochs = num_epochs
-        self._seed = seed
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, row: Row) -> _Pair:
-        rng = np.random.default_rng([self._seed, row.epoch, row.sample])
+        rng = np.random.default_rng([self.seed, row.epoch, row.sample])
         sample, slot = row.sample, row.slot
         meta = self._reader.meta(sample)
         linked = meta["products"][slot]
@@ -334,7 +365,7 @@ class PairDataset(Dataset[_Pair]):
         drawn = draw_some(linked["num_images"], self._num_images, rng)
         images = [product_image_name(slot, i) for i in drawn if row.brings_product]
         bytes_read = self._reader.read(sample, [*frames, *images])
-        size = self._augment.size_of(row.epoch, self._num_epochs) or self._preprocess.size
+        size = self.augment.size_of(row.epoch, self._num_epochs) or self._preprocess.size
         content = self._pictures([bytes_read[name] for name in frames], rng, size)
         product = self._pictures([bytes_read[name] for name in images], rng, size)
         content, content_title = self._drop_modality(content, meta["title"], rng)
@@ -349,20 +380,21 @@ class PairDataset(Dataset[_Pair]):
             links=[self._numbers[p] for p in self._reader.product_ids[sample]],
             weights=self._reader.weights[sample],
             sample=sample,
+            epoch=row.epoch,
             size=size,
         )
 
     def _pictures(self, encoded: list[bytes], rng: np.random.Generator, size: int) -> list[Tensor]:
         if not encoded:
             return []
-        view = View.draw(self._augment, rng)
+        view = View.draw(self.augment, rng)
         return [self._preprocess.augmented(decode_jpeg(data), view, size=size) for data in encoded]
 
     def _drop_modality(
         self, pictures: list[Tensor], title: str | None, rng: np.random.Generator
     ) -> tuple[list[Tensor], str | None]:
         drop, which = rng.random(2)
-        if not pictures or not title or drop >= self._augment.modality_dropout:
+        if not pictures or not title or drop >= self.augment.modality_dropout:
             return pictures, title
         return ([], title) if which < 0.5 else (pictures, None)
 
@@ -372,6 +404,8 @@ class _CollatePairs:
     tokenizer: Tokenizer
     max_links: int
     """Every batch is padded to this width, so that ranks can gather links as they are."""
+    mix: float = 0.0
+    seed: int = 0
 
     def __call__(self, pairs: list[_Pair]) -> PairBatch:
         links = np.full((len(pairs), self.max_links), -1)
@@ -380,10 +414,19 @@ class _CollatePairs:
             links[row, : len(pair.links)] = pair.links
             weights[row, : len(pair.weights)] = pair.weights
         collate = {"tokenizer": self.tokenizer, "size": pairs[0].size}
+        content = collate_items(
+            [p.content for p in pairs], [p.content_title for p in pairs], **collate
+        )
+        if self.mix:
+            # A stream of its own: the third number keeps it apart from that of a sample.
+            rng = np.random.default_rng([self.seed, pairs[0].epoch, pairs[0].sample, 1])
+            pixels = content.images.permute(0, 1, 3, 4, 2).numpy()
+            links, weights, mixed = mix_rows(
+                pixels, content.image_mask.numpy(), links, weights, probability=self.mix, rng=rng
+            )
+            content.text_mask[torch.from_numpy(mixed)] = False
         return PairBatch(
-            content=collate_items(
-                [p.content for p in pairs], [p.content_title for p in pairs], **collate
-            ),
+            content=content,
             product=collate_items(
                 [p.product for p in pairs], [p.product_title for p in pairs], **collate
             ),
@@ -406,7 +449,9 @@ def pair_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-        collate_fn=_CollatePairs(RememberingTokenizer(tokenizer), dataset.max_links),
+        collate_fn=_CollatePairs(
+            RememberingTokenizer(tokenizer), dataset.max_links, dataset.augment.mix, dataset.seed
+        ),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,
