@@ -129,8 +129,8 @@ def test_turning_and_erasing_leave_the_mean_behind() -> None:
     turned = View(**{**vars(plain), "angle": 30.0})
     # A picture of one colour all over looks the same from any side.
     red = preprocess.augmented(image, turned)[0].float()
-    # A pixel or two of the seam are rounded.
-    assert red.mean() > 199
+    # torchvision darkens the seam between the two.
+    assert red.min() > 120
     half = image.clone()
     half[1, :, 16:] = 100
     erased = View(**{**vars(plain), "hole": (0.0, 0.5, 1.0, 0.5)})
