@@ -33,7 +33,7 @@ from tqdm import tqdm
 import mmrec
 from mmrec.cli import run_program
 from mmrec.data.duplicates import group_duplicates
-from mmrec.data.engines import EngineName, run_tasks
+from mmrec.data.engines import Engine, EngineName, open_engine
 from mmrec.data.media import FrameConfig, FramePolicy
 from mmrec.data.preparation import (
     DecodeConfig,
@@ -183,10 +183,15 @@ def main(config: MakeShardsConfig) -> Path:
     _check_text_columns(config, tables)
     _check_filled_before(config, tables, links)
 
-    with _unfinished(config, tables) as work:
+    with (
+        _unfinished(config, tables) as work,
+        open_engine(
+            config.engine, num_workers=config.num_workers, address=config.address
+        ) as engine,
+    ):
         # Decode: parts in any order, on any machine.
         parts = _decode_tasks(config, tables, links, work)
-        _decode(config, parts, len(tables.products), len(links))
+        _decode(config, engine, parts, len(tables.products), len(links))
         products = _Survey("product", parts["product"])
         contents = _Survey("content", parts["content"])
 
@@ -195,7 +200,7 @@ def main(config: MakeShardsConfig) -> Path:
 
         # Pack and publish.
         work.clear_output()
-        hashes = _pack(config, plan, work.folder)
+        hashes = _pack(config, engine, plan, work.folder)
         _write_facts(config, work.folder, plan)
         manifest = _describe(config, tables, plan, hashes)
         work.publish(manifest)
@@ -446,6 +451,7 @@ def _media(tables: Tables, kind: str, rows: pa.Table, most: int) -> list[Media]:
 
 def _decode(
     config: MakeShardsConfig,
+    engine: Engine,
     parts: Mapping[str, Sequence[DecodeTask]],
     num_products: int,
     num_contents: int,
@@ -456,10 +462,7 @@ def _decode(
     totals = {"product": num_products, "content": num_contents}
     lost = Counter[str]()
     with tqdm(total=sum(totals.values()), desc="decode", unit="sample", disable=None) as progress:
-        runs = run_tasks(
-            tasks, engine=config.engine, num_workers=config.num_workers, address=config.address
-        )
-        for number, report in runs:
+        for number, report in engine.run(tasks):
             progress.update(report.num_samples)
             kind = "product" if number < len(parts["product"]) else "content"
             lost[kind] += report.num_lost
@@ -825,16 +828,13 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _pack(config: MakeShardsConfig, plan: _Plan, folder: Place) -> dict[str, str]:
+def _pack(config: MakeShardsConfig, engine: Engine, plan: _Plan, folder: Place) -> dict[str, str]:
     """Write all shards; returns the hash of each by its path in the folder."""
     shards = _Shards(config, plan, folder)
     hashes: dict[str, str] = {}
     total = sum(shards.num_samples(n) for n in range(len(shards)))
     with tqdm(total=total, desc="pack", unit="sample", disable=None) as progress:
-        runs = run_tasks(
-            shards, engine=config.engine, num_workers=config.num_workers, address=config.address
-        )
-        for number, digest in runs:
+        for number, digest in engine.run(shards):
             hashes[shards.names[number]] = digest
             progress.update(shards.num_samples(number))
     return hashes

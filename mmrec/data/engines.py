@@ -2,6 +2,7 @@
 
 A task writes its output whole under a final name, and finds at once that it is there: so a task whose
 worker died may run again anywhere, and results do not depend on the engine or the number of workers.
+Tasks are of a module that can be imported, not of the program that is run.
 """
 
 import multiprocessing
@@ -10,9 +11,10 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from mmrec.data.isolation import die_with
+from mmrec.data.isolation import die_with, main_left_out
 from mmrec.errors import UserError
 
 EngineName = Literal["local", "ray"]
@@ -32,65 +34,97 @@ class Task(Protocol[Result_co]):
         ...
 
 
-def run_tasks(
-    tasks: Sequence[Task[Result]],
-    *,
-    engine: EngineName = "local",
-    num_workers: int = 0,
-    address: str | None = None,
-) -> Iterator[tuple[int, Result]]:
-    """Run tasks and yield (number of the task, its result) as they finish, in any order.
+class Engine(Protocol):
+    """What runs tasks."""
 
-    `tasks` are asked for one at a time, so a sequence may make them as they are needed. `num_workers`
-    0 takes one per core, or all of a cluster. `address` is a Ray cluster's; without one Ray uses what
-    `ray start` or RAY_ADDRESS says, or starts on this machine.
+    def run(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
+        """Run tasks and yield (number of the task, its result) as they finish, in any order.
 
-    Raises `UserError` when workers die again and again, or Ray is missing; what a task raises ends
-    the run.
+        `tasks` are asked for one at a time, so a sequence may make them as they are needed. Raises
+        `UserError` when workers die again and again; what a task raises ends the run.
+        """
+        ...
+
+
+@contextmanager
+def open_engine(
+    name: EngineName = "local", *, num_workers: int = 0, address: str | None = None
+) -> Iterator[Engine]:
+    """Give an engine whose workers stay for all the runs of the block.
+
+    `num_workers` 0 takes one per core, or all of a cluster; one worker of this machine is this process.
+    `address` is a Ray cluster's; without one Ray uses what `ray start` or RAY_ADDRESS says, or starts
+    on this machine. Raises `UserError` when Ray is missing.
     """
-    if engine == "ray":
-        return _run_on_ray(tasks, num_workers, address)
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(tasks))
-    return _run_locally(tasks, workers) if workers > 1 else enumerate(t.run() for t in tasks)
+    if name == "ray":
+        yield _RayEngine(num_workers, address)
+        return
+    engine = _LocalEngine(num_workers or len(os.sched_getaffinity(0)))
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
-def _run_locally(tasks: Sequence[Task[Result]], workers: int) -> Iterator[tuple[int, Result]]:
-    left = set(range(len(tasks)))
-    deaths = 0
-    while left:
-        try:
-            for number, result in _run_in_pool(tasks, sorted(left), workers):
-                left.remove(number)
-                deaths = 0
-                yield number, result
-        except BrokenProcessPool:
-            # The executor gives up all its workers when one dies; the tasks left go to new ones.
-            deaths += 1
-            if deaths == MOST_DEATHS_IN_A_ROW:
-                raise UserError(
-                    f"a worker process died {deaths} times in a row, most likely for want of memory; "
-                    f"fewer of them take less: --num-workers {max(1, workers // 2)}"
-                ) from None
+class _LocalEngine:
+    """Worker processes of this machine, which start when the first tasks come."""
 
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
 
-def _run_in_pool(
-    tasks: Sequence[Task[Result]], numbers: Sequence[int], workers: int
-) -> Iterator[tuple[int, Result]]:
-    # Not fork: the parent has threads of pyarrow by now.
-    context = multiprocessing.get_context("spawn")
-    running: dict[Future[Result], int] = {}
-    with ProcessPoolExecutor(
-        min(workers, len(numbers)), context, initializer=_start_worker, initargs=(os.getpid(),)
-    ) as pool:
+    def run(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
+        if self._num_workers == 1 or (self._pool is None and len(tasks) == 1):
+            yield from enumerate(task.run() for task in tasks)
+            return
+        left = set(range(len(tasks)))
+        deaths = 0
+        while left:
+            try:
+                for number, result in self._run_in_pool(tasks, sorted(left)):
+                    left.remove(number)
+                    deaths = 0
+                    yield number, result
+            except BrokenProcessPool:
+                # The executor gives up all its workers when one dies; the tasks left go to new ones.
+                self.close()
+                deaths += 1
+                if deaths == MOST_DEATHS_IN_A_ROW:
+                    raise UserError(
+                        f"a worker process died {deaths} times in a row, most likely for want of "
+                        f"memory; fewer of them take less: --num-workers {max(1, self._num_workers // 2)}"
+                    ) from None
+
+    def close(self) -> None:
+        """End the workers, each when it has finished what it is doing."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+
+    def _run_in_pool(
+        self, tasks: Sequence[Task[Result]], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, Result]]:
+        pool = self._pool = self._pool or _new_pool(self._num_workers)
+        running: dict[Future[Result], int] = {}
         try:
             for number in numbers:
-                running[pool.submit(_run, tasks[number])] = number
-                if len(running) >= workers * _TASKS_AHEAD:
+                with main_left_out():
+                    running[pool.submit(_run, tasks[number])] = number
+                if len(running) >= self._num_workers * _TASKS_AHEAD:
                     yield from _finished(running)
             while running:
                 yield from _finished(running)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in running:
+                future.cancel()
+
+
+def _new_pool(num_workers: int) -> ProcessPoolExecutor:
+    # Not fork: the parent has threads of pyarrow by now.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(
+        num_workers, context, initializer=_start_worker, initargs=(os.getpid(),)
+    )
 
 
 def _finished(running: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
@@ -100,43 +134,48 @@ def _finished(running: dict[Future[Result], int]) -> Iterator[tuple[int, Result]
         yield running.pop(future), future.result()
 
 
-def _run_on_ray(
-    tasks: Sequence[Task[Result]], num_workers: int, address: str | None
-) -> Iterator[tuple[int, Result]]:
-    try:
-        import ray
-        from ray.exceptions import RayTaskError, WorkerCrashedError
-    except ImportError:
-        raise UserError("--engine ray needs Ray: pip install 'mmrec[ray]'") from None
-    if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False)
-    # A worker that dies is replaced by Ray and its task runs again.
-    remote: Callable[..., Any] = ray.remote(num_cpus=1, max_retries=MOST_DEATHS_IN_A_ROW)(
-        _run
-    ).remote
-    most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    running: dict[Any, int] = {}
+class _RayEngine:
+    """A Ray cluster, joined for good: its workers are Ray's to keep."""
 
-    def finished() -> Iterator[tuple[int, Result]]:
-        done, _ = ray.wait(list(running), num_returns=1)
-        for reference in done:
-            try:
-                yield running.pop(reference), ray.get(reference)
-            except WorkerCrashedError:
-                raise UserError(
-                    f"a Ray worker died {MOST_DEATHS_IN_A_ROW + 1} times on one task, most likely for "
-                    "want of memory; give its node more, or --num-workers fewer of them"
-                ) from None
-            except RayTaskError as error:
-                # What the task raised, as it would have been raised here.
-                raise error.cause from None
+    def __init__(self, num_workers: int, address: str | None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise UserError("--engine ray needs Ray: pip install 'mmrec[ray]'") from None
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False)
+        # A worker that dies is replaced by Ray and its task runs again.
+        self._start: Callable[..., Any] = ray.remote(num_cpus=1, max_retries=MOST_DEATHS_IN_A_ROW)(
+            _run
+        ).remote
+        self._most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    for number, task in enumerate(tasks):
-        running[remote(task)] = number
-        if len(running) >= most * _TASKS_AHEAD:
-            yield from finished()
-    while running:
-        yield from finished()
+    def run(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
+        running: dict[Any, int] = {}
+        for number, task in enumerate(tasks):
+            running[self._start(task)] = number
+            if len(running) >= self._most * _TASKS_AHEAD:
+                yield from _finished_on_ray(running)
+        while running:
+            yield from _finished_on_ray(running)
+
+
+def _finished_on_ray(running: dict[Any, int]) -> Iterator[tuple[int, Any]]:
+    import ray
+    from ray.exceptions import RayTaskError, WorkerCrashedError
+
+    done, _ = ray.wait(list(running), num_returns=1)
+    for reference in done:
+        try:
+            yield running.pop(reference), ray.get(reference)
+        except WorkerCrashedError:
+            raise UserError(
+                f"a Ray worker died {MOST_DEATHS_IN_A_ROW + 1} times on one task, most likely for "
+                "want of memory; give its node more, or --num-workers fewer of them"
+            ) from None
+        except RayTaskError as error:
+            # What the task raised, as it would have been raised here.
+            raise error.cause from None
 
 
 def _run(task: Task[Result]) -> Result:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -676,17 +677,18 @@ def test_tables_media_and_shards_on_s3(catalogue, tmp_path):
 
         # Broken off after the first shard: it goes on, and ends with the same bytes.
         again = replace(config, out=Path(f"{bucket}/again"))
-        run_tasks, tasks_run = program.run_tasks, []
+        tasks_run = []
 
-        def breaks_off(tasks, **options):
-            for number, result in run_tasks(tasks, **options):
-                tasks_run.append(number)
-                if len(tasks_run) == 4:
-                    raise KeyboardInterrupt
-                yield number, result
+        class BreaksOff:
+            def run(self, tasks):
+                for number, task in enumerate(tasks):
+                    tasks_run.append(number)
+                    if len(tasks_run) == 5:
+                        raise KeyboardInterrupt
+                    yield number, task.run()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(program, "run_tasks", breaks_off)
+            patch.setattr(program, "open_engine", lambda *_, **__: nullcontext(BreaksOff()))
             with pytest.raises(KeyboardInterrupt):
                 program.main(again)
         assert not files.exists(f"{bucket}/again/manifest.json")
