@@ -9,12 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from clips import moving_square, write_clip
@@ -647,6 +650,56 @@ def test_ray_makes_the_same_bytes(catalogue, local_ray, monkeypatch):
     program.main(config)
     on_ray = replace(config, out=config.out.with_name("ray"), engine="ray", num_workers=2)
     program.main(on_ray)
+    assert files_of(on_ray.out) == files_of(config.out)
+
+
+class RayWorkerKiller(threading.Thread):
+    """Kills one of this process's Ray workers in the middle of a task, once the first part is there."""
+
+    def __init__(self, parts: Path) -> None:
+        super().__init__(daemon=True)
+        self.parts = parts
+        self.killed: psutil.Process | None = None
+        self.parts_before = 0
+
+    def run(self) -> None:
+        """Look at the workers until one is killed."""
+        workers: list[psutil.Process] = []
+        while self.killed is None:
+            self.parts_before = len(list(self.parts.glob("*.parquet")))
+            if self.parts_before == 0:
+                found = psutil.Process().children(recursive=True)
+                workers = [process for process in found if self.title(process)]
+                time.sleep(0.05)
+            elif busy := [process for process in workers if self.title(process) == "ray::_run"]:
+                # Stopped first: it may have finished its task since its title was read.
+                busy[0].suspend()
+                if self.title(busy[0]) == "ray::_run":
+                    self.killed = busy[0]
+                os.kill(busy[0].pid, signal.SIGKILL if self.killed else signal.SIGCONT)
+
+    @staticmethod
+    def title(process: psutil.Process) -> str:
+        """The title of a Ray worker, which says what it runs; nothing for another process."""
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            return ""
+        return line.split()[0] if line.startswith("ray::") else ""
+
+
+def test_a_ray_worker_is_killed_and_the_bytes_are_the_same(catalogue, local_ray, monkeypatch):
+    monkeypatch.setattr(program, "SAMPLES_PER_PART", 1)
+    config = config_for(catalogue, samples_per_shard=2)
+    program.main(config)
+    on_ray = replace(config, out=config.out.with_name("ray"), engine="ray", num_workers=2)
+    killer = RayWorkerKiller(on_ray.out.with_name(".ray.unfinished") / "parts")
+    killer.start()
+    program.main(on_ray)
+    killer.join(timeout=10)
+    assert killer.killed is not None
+    assert not killer.killed.is_running()
+    assert 1 <= killer.parts_before < 10  # of 4 products and 6 contents
     assert files_of(on_ray.out) == files_of(config.out)
 
 
