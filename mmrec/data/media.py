@@ -39,7 +39,7 @@ from mmrec.data.containers import (
     repaired,
     webp_durations,
 )
-from mmrec.data.storage import Slice, find_slice, read_slice
+from mmrec.data.storage import EXTRAS, Slice, find_slice, read_slice
 from mmrec.errors import MediaError, UserError
 
 if TYPE_CHECKING:
@@ -367,7 +367,10 @@ class _VideoReel(_Reel):
 
     def _set_times(self) -> None:
         total = len(self._reader)
-        spans = self._reader.get_frame_timestamp(np.arange(total)).astype(np.float64)
+        try:
+            spans = self._reader.get_frame_timestamp(np.arange(total)).astype(np.float64)
+        except IndexError:  # it counts more frames than it lists times, in a damaged file
+            raise MediaError("broken video timestamps", "fewer times than frames") from None
         starts, ends = spans[:, 0], spans[:, 1]
         has_times = bool(np.abs(starts).max() < 1e9 and 2 * len(np.unique(starts)) > total)
         by_rate = self._header.frame_s is not None or not has_times
@@ -931,9 +934,6 @@ def _packet_lines(packet: bytes, codec: str) -> list[str]:
 
 # Where files come from
 
-# Extras of mmrec that bring the package of a protocol.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
-
 
 @contextmanager
 def _local(source: Source) -> Iterator[Path | bytes]:
@@ -1038,7 +1038,7 @@ def _remote_faults(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise MediaError("file not found", url) from None
     except ImportError as error:
-        extras = [_EXTRAS[name] for name in re.findall(r"(\w+)://", url) if name in _EXTRAS]
+        extras = [EXTRAS[name] for name in re.findall(r"(\w+)://", url) if name in EXTRAS]
         mend = f"`pip install 'mmrec[{extras[-1]}]'`" if extras else _summary(error)
         raise UserError(f"{url}: a package for this protocol is missing: {mend}") from None
     except Exception as error:  # each protocol has its own family of exceptions

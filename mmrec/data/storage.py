@@ -44,7 +44,7 @@ _FOLDED_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/(?!/)")
 _LOCAL = ("file", "local")
 _HTTP = ("http://", "https://")
 # Extras of mmrec that bring the package of a protocol.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 # What protocols call the thing that changes when a file does, the surest first.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "Content-MD5", "generation", "version_id")
 _TIME_KEYS = ("LastModified", "Last-Modified", "updated", "mtime", "created")
@@ -92,7 +92,7 @@ def _check_protocol(url: str, protocol: str) -> None:
         known = "a local path, s3://, gs://, http:// or https://"
         raise UserError(f"{url}: unknown protocol '{protocol}'; expected {known}") from None
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
+        extra = EXTRAS.get(protocol)
         mend = f"pip install 'mmrec[{extra}]'" if extra else str(error)
         raise UserError(f"{url}: a package for {protocol}:// is missing: {mend}") from None
 

@@ -169,6 +169,9 @@ def test_each_of_five_hundred_damaged_files_gives_frames_or_a_reason(tmp_path: P
     assert kept | set(lost) == everything
     assert kept.isdisjoint(lost)
     assert all(lost.values())
+    # That reason is what our own faults get.
+    ours = [row["detail"] for row in rows if row["reason"] == "decoder failed"]
+    assert ours == []
     whole = {row["content_id"] for row in contents[-len(files) :]}
     assert whole <= kept
     assert NUM_DAMAGED * 0.2 < len(lost) < NUM_DAMAGED * 0.95  # some can be read, some cannot
