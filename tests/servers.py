@@ -1,4 +1,4 @@
-"""Servers that tests read from and write to: a local HTTP server, and moto's S3 server."""
+"""Servers that tests read from and write to: a local HTTP server, moto's S3 server, and one for gs://."""
 
 import os
 import socket
@@ -112,12 +112,8 @@ def s3_server(log: Path) -> Iterator[str]:
     Skips the test where moto or s3fs is missing. The environment names the server and made-up
     credentials meanwhile, for this process and those that it starts.
     """
-    for package in ("moto", "flask", "s3fs"):
-        if find_spec(package) is None:
-            pytest.skip(f"the S3 server needs {package}: pip install 'mmrec[dev]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _skip_without("moto", "flask", "s3fs")
+    port = _free_port()
     endpoint = f"http://127.0.0.1:{port}"
     settings = {
         "AWS_ENDPOINT_URL": endpoint,
@@ -134,7 +130,7 @@ def s3_server(log: Path) -> Iterator[str]:
         pytest.MonkeyPatch.context() as patch,
     ):
         try:
-            _wait_for(endpoint, process, log)
+            _wait_for(f"{endpoint}/moto-api/", process, log)
             for name, value in settings.items():
                 patch.setenv(name, value)
             _make_bucket()
@@ -143,10 +139,58 @@ def s3_server(log: Path) -> Iterator[str]:
             process.terminate()
 
 
-def _wait_for(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
+@contextmanager
+def gcs_server(log: Path) -> Iterator[str]:
+    """Run gcp-storage-emulator in a process of its own, with one bucket; yields the bucket's URL.
+
+    Skips the test where it or gcsfs is missing. The environment names the server meanwhile, for this
+    process and those that it starts.
+    """
+    _skip_without("gcp_storage_emulator", "gcsfs")
+    port = _free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "-H", "127.0.0.1"]
+    command += ["--port", str(port), "--in-memory", "--default-bucket", BUCKET]
+    with (
+        open(log, "wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as process,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        try:
+            _wait_for(f"{endpoint}/storage/v1/b/{BUCKET}", process, log)
+            patch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+            # Or gcsfs asks for the kind of the bucket by gRPC, which the emulator does not speak.
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            _forget_gcs()
+            yield f"gs://{BUCKET}"
+        finally:
+            process.terminate()
+            _forget_gcs()
+
+
+def _forget_gcs() -> None:
+    import gcsfs
+
+    # An instance of an earlier server must not be taken for this one.
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def _skip_without(*packages: str) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"the server needs {package}: pip install 'mmrec[dev]'")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(600):
         try:
-            with urlopen(f"{endpoint}/moto-api/", timeout=5):
+            with urlopen(url, timeout=5):
                 return
         except OSError:
             assert process.poll() is None, log.read_text()

@@ -369,8 +369,8 @@ class _VideoReel(_Reel):
         total = len(self._reader)
         try:
             spans = self._reader.get_frame_timestamp(np.arange(total)).astype(np.float64)
-        except IndexError:  # it counts more frames than it lists times, in a damaged file
-            raise MediaError("broken video timestamps", "fewer times than frames") from None
+        except IndexError:  # A header that counts frames, and none of them in what follows.
+            raise MediaError("cannot decode video", "no frame is found") from None
         starts, ends = spans[:, 0], spans[:, 1]
         has_times = bool(np.abs(starts).max() < 1e9 and 2 * len(np.unique(starts)) > total)
         by_rate = self._header.frame_s is not None or not has_times

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+import pytest
 from clips import MOVIE_TABLES, moving_square, resized, write_clip
 from PIL import Image
 
+from mmrec.data.media import FrameConfig, read_video
 from mmrec.data.shards import open_shards
 from mmrec.data.tables import write_tables
+from mmrec.errors import MediaError
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_DAMAGED = 500
@@ -119,6 +122,15 @@ class MemoryWatch(threading.Thread):
                 except psutil.Error:
                     continue
             time.sleep(0.05)
+
+
+def test_a_clip_cut_off_in_its_first_frame_has_a_reason(tmp_path: Path) -> None:
+    data = write_clip(tmp_path / "a.webm", moving_square(16), codec="libvpx").read_bytes()
+    first_frame = data.index(b"\x1f\x43\xb6\x75")  # the ID of a Matroska cluster
+    clip = tmp_path / "cut.webm"
+    clip.write_bytes(data[: first_frame + 100])
+    with pytest.raises(MediaError, match="cannot decode video"):
+        read_video(clip, FrameConfig(num_frames=4), size=32)
 
 
 def test_each_of_five_hundred_damaged_files_gives_frames_or_a_reason(tmp_path: Path) -> None:

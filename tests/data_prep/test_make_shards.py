@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from clips import moving_square, write_clip
 from PIL import Image
-from servers import http_server, s3_server
+from servers import gcs_server, http_server, s3_server
 
 from mmrec.data.media import FrameConfig, encode_jpeg, read_image, read_video, resize_shorter
 from mmrec.data.preparation import _decoder
@@ -751,6 +751,30 @@ def test_tables_media_and_shards_on_s3(catalogue, tmp_path):
         assert files_of(tmp_path / "again") == files_of(local)
         program.main(replace(again, overwrite=True, num_frames=2))
         assert read_manifest(f"{bucket}/again").config["num_frames"] == 2
+
+
+def test_tables_media_and_shards_on_google_cloud_storage(catalogue, tmp_path):
+    local = make(catalogue, samples_per_shard=3)
+    with gcs_server(tmp_path / "gcs.log") as bucket:
+        import fsspec
+
+        _decoder.cache_clear()  # one that runs already does not know the server
+        files = fsspec.filesystem("gs")
+        files.put(f"{catalogue.folder}/", f"{bucket}/tables/", recursive=True)
+        config = replace(
+            config_for(catalogue, samples_per_shard=3),
+            tables=Path(f"{bucket}/tables"),
+            out=Path(f"{bucket}/made/shards"),
+        )
+        program.main(config)
+        files.invalidate_cache()
+        files.get(f"{bucket}/made/shards/", str(tmp_path / "fetched"), recursive=True)
+        assert files_of(tmp_path / "fetched") == files_of(local)
+        assert open_shards(f"{bucket}/made/shards", "contents", "train").shard_sizes == [3, 1]
+        with pytest.raises(UserError, match="already exists"):
+            program.main(config)
+        program.main(replace(config, overwrite=True, num_frames=2))
+        assert read_manifest(f"{bucket}/made/shards").config["num_frames"] == 2
 
 
 def test_tables_and_media_over_http(catalogue, tmp_path):
