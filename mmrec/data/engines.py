@@ -8,6 +8,7 @@ Tasks are of a module that can be imported, not of the program that is run.
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -122,8 +123,12 @@ class _LocalEngine:
 def _new_pool(num_workers: int) -> ProcessPoolExecutor:
     # Not fork: the parent has threads of pyarrow by now.
     context = multiprocessing.get_context("spawn")
+    # As many workers as cores stay each on its own, with its decoder: sent to and fro between cores, the
+    # two threads of a decoder cost 4 to 8 per cent more cycles.
+    cores = sorted(os.sched_getaffinity(0))
+    started = context.Value("i", 0)
     return ProcessPoolExecutor(
-        num_workers, context, initializer=_start_worker, initargs=(os.getpid(),)
+        num_workers, context, initializer=_start_worker, initargs=(os.getpid(), started, cores if num_workers == len(cores) else [])
     )
 
 
@@ -182,7 +187,12 @@ def _run(task: Task[Result]) -> Result:
     return task.run()
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker(parent: int, started: Any, cores: Sequence[int]) -> None:
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if cores and sys.platform == "linux":
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
     # Ctrl-C reaches the whole group of processes; the parent alone says what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent)

@@ -378,6 +378,10 @@ class _VideoReel(_Reel):
         self._in_order = self._without_seeks = by_rate or self._header.kind == "other"
         # Nor is the first frame that comes then the first of the file, unless the times were repaired.
         self._check_end = self._without_seeks and self._header.frame_s is None
+        # decord tells frames that it passes over by their times, and counts from the first of the file.
+        self._can_skip = (
+            self._in_order and not self._check_end and bool((np.diff(starts) > 0).all())
+        )
         if by_rate:
             frame_s = self._header.frame_s or _frame_length(self._reader, ends - starts)
             starts, ends = np.arange(total) * frame_s, np.arange(1, total + 1) * frame_s
@@ -386,6 +390,7 @@ class _VideoReel(_Reel):
         if not shown.any():
             raise MediaError("no frame is shown")
         self._numbers = np.flatnonzero(shown)
+        self._can_skip = self._can_skip and self._numbers[0] == 0
         self.starts = starts[shown]
         self.duration = _end(self.starts, ends[shown]) - float(self.starts[0])
 
@@ -453,6 +458,10 @@ class _VideoReel(_Reel):
         if self._in_order:
             self._go_on_to(number)
         frame = self._reader.next()
+        if len(frame.shape) < 3:  # Its time was not its own, and it was passed over with others.
+            self._can_skip = False
+            self._land_on(0)
+            return self._read(number)
         self._position = number + 1
         return frame
 
@@ -526,8 +535,23 @@ class _VideoReel(_Reel):
         if self._position > number or self._failed:
             self._land_on(0)
         while self._position < number:
-            self._reader.next()
-            self._position += 1
+            count = self._num_skippable(number)
+            if count > 1:
+                self._reader.skip_frames(count)
+            else:
+                self._reader.next()
+            self._position += count
+
+    def _num_skippable(self, number: int) -> int:
+        """How many frames to go on by: several if decord can pass them without scaling them, else one.
+
+        It seeks when it passes a keyframe, so the frame before one is read.
+        """
+        if not self._can_skip:
+            return 1
+        after = bisect.bisect_right(self._keys, self._position)
+        limit = self._keys[after] - 1 if after < len(self._keys) else number
+        return max(1, min(limit, number) - self._position)
 
     def _read_to_the_end(self) -> None:
         """Find out whether all frames were there: decord misses the first ones where it starts late."""
