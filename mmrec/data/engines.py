@@ -8,7 +8,6 @@ Tasks are of a module that can be imported, not of the program that is run.
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -126,10 +125,9 @@ def _new_pool(num_workers: int) -> ProcessPoolExecutor:
     # As many workers as cores stay each on its own, with its decoder: sent to and fro between cores, the
     # two threads of a decoder cost 4 to 8 per cent more cycles.
     cores = sorted(os.sched_getaffinity(0))
-    started = context.Value("i", 0)
-    return ProcessPoolExecutor(
-        num_workers, context, initializer=_start_worker, initargs=(os.getpid(), started, cores if num_workers == len(cores) else [])
-    )
+    own = cores if num_workers == len(cores) else []
+    arguments = (os.getpid(), own, context.Value("i", 0))
+    return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=arguments)
 
 
 def _finished(running: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
@@ -187,11 +185,11 @@ def _run(task: Task[Result]) -> Result:
     return task.run()
 
 
-def _start_worker(parent: int, started: Any, cores: Sequence[int]) -> None:
+def _start_worker(parent: int, cores: Sequence[int], started: Any) -> None:
     with started.get_lock():
         number = started.value
         started.value += 1
-    if cores and sys.platform == "linux":
+    if cores:
         os.sched_setaffinity(0, {cores[number % len(cores)]})
     # Ctrl-C reaches the whole group of processes; the parent alone says what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -680,6 +680,24 @@ def test_a_clip_without_times_is_read_in_order(tmp_path, policy):
     assert clip.duration == pytest.approx(48 / 25)
 
 
+def test_frames_that_are_not_kept_are_passed_over_unscaled(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", numbered(48), 25, options={"g": "12", "bf": "2"})
+    data = timeless(path.read_bytes())
+    stretches = []
+    num_skippable = media._VideoReel._num_skippable
+
+    def noted(reel, number):
+        stretches.append(num_skippable(reel, number))
+        return stretches[-1]
+
+    monkeypatch.setattr(media._VideoReel, "_num_skippable", noted)
+    skipped = read(data, 3)
+    assert sum(count for count in stretches if count > 1) > 24
+    monkeypatch.setattr(media._VideoReel, "_num_skippable", lambda reel, number: 1)
+    for frame, other in zip(skipped.frames, read(data, 3).frames, strict=True):
+        np.testing.assert_array_equal(frame, other)
+
+
 def test_stderr_works_after_decoding_in_threads(tmp_path, capfd):
     good = write_clip(tmp_path / "good.mp4", moving_square(12))
     sources: list[Path | bytes] = [good, b"noise\0" * 100] * 8
