@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
@@ -21,23 +21,42 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gather_with_gradient(local: Shaped[Tensor, " b *rest"]) -> Shaped[Tensor, " B *rest"]:
+def gather_sizes(local: Shaped[Tensor, " b *rest"]) -> list[int]:
+    """How many rows each rank brings, in rank order."""
+    if world_size() == 1:
+        return [len(local)]
+    return gather(torch.tensor([len(local)], device=local.device)).tolist()
+
+
+def gather_with_gradient(
+    local: Shaped[Tensor, " b *rest"], sizes: list[int] | None = None
+) -> Shaped[Tensor, " B *rest"]:
     """Concatenate every rank's rows, in rank order, so that gradients flow back to their owners.
 
-    Each rank must bring the same number of rows.
+    A row's gradient is the sum over the losses of all ranks. Where ranks bring different numbers of rows,
+    `sizes` are those of `gather_sizes`.
     """
     if world_size() == 1:
         return local
-    return _Gather.apply(local)  # pyright: ignore[reportReturnType]
+    return _Gather.apply(local, sizes)  # pyright: ignore[reportReturnType]
 
 
-def gather(local: Shaped[Tensor, " b *rest"]) -> Shaped[Tensor, " B *rest"]:
-    """Concatenate every rank's rows, in rank order, without gradients."""
+def gather(
+    local: Shaped[Tensor, " b *rest"], sizes: list[int] | None = None
+) -> Shaped[Tensor, " B *rest"]:
+    """Concatenate every rank's rows, in rank order, without gradients; `sizes` as above."""
     if world_size() == 1:
         return local
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return torch.cat(parts)
+    sizes = sizes or [len(local)] * world_size()
+    padded = _pad(local.detach(), max(sizes)).contiguous()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def logsumexp_over_ranks(local: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+    """The logsumexp of every rank's values, place by place; gradients flow back to every rank's."""
+    return _LogSumExp.apply(local) if world_size() > 1 else local  # pyright: ignore
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -65,17 +84,41 @@ def gather_objects(local: Any) -> list[Any]:
     return parts
 
 
+def _pad(rows: Tensor, size: int) -> Tensor:
+    missing = rows.new_zeros(size - len(rows), *rows.shape[1:])
+    return torch.cat([rows, missing]) if len(missing) else rows
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
+    def forward(ctx: Any, local: Tensor, sizes: list[int] | None) -> Tensor:
+        ctx.sizes = sizes or [len(local)] * world_size()
+        return gather(local, ctx.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # Each rank's loss depends on all rows, so a row's gradient is the sum over ranks.
+        parts = gradients[0].split(ctx.sizes)
+        padded = torch.cat([_pad(part, max(ctx.sizes)) for part in parts])
+        own = torch.empty_like(padded[: max(ctx.sizes)])
+        dist.reduce_scatter_tensor(own, padded)
+        return own[: ctx.sizes[rank()]], None
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        ctx.num_rows = len(local)
-        return gather(local)
+        largest = local.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        largest.clamp_(min=torch.finfo(local.dtype).min)  # -inf - -inf is not a number.
+        total = (local - largest).exp_()
+        dist.all_reduce(total)
+        result = total.log_() + largest
+        ctx.save_for_backward(local, result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # Each rank's loss depends on all rows, so a row's gradient is the sum over ranks. gloo has no
-        # reduce_scatter on every platform; all_reduce moves more bytes and works everywhere.
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        start = rank() * ctx.num_rows
-        return total[start : start + ctx.num_rows]
+        local, result = ctx.saved_tensors
+        gradient = sum_over_ranks(gradients[0].contiguous())
+        return gradient * (local - result.clamp(min=torch.finfo(result.dtype).min)).exp()

@@ -47,7 +47,14 @@ from mmrec.manifest import (
     write_manifest,
 )
 from mmrec.model.encoder import Encoder, EncoderConfig
-from mmrec.model.losses import Objectives, active, contrastive_loss
+from mmrec.model.losses import (
+    LossConfig,
+    Objectives,
+    active,
+    check_loss,
+    contrastive_loss,
+    log_expected_columns,
+)
 from mmrec.retrieval.evaluation import Gallery, measure
 from mmrec.training.checkpoints import Progress, list_checkpoints, read_progress, save_checkpoint
 from mmrec.training.progress import Stopwatch
@@ -85,6 +92,7 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     objectives: Objectives = field(default_factory=Objectives)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 30
     """Times that each training content is shown."""
@@ -214,6 +222,7 @@ def check(config: TrainConfig) -> Path | None:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if not active(config.objectives):
         raise UserError("--objectives: every weight is 0, so there is nothing to learn")
+    check_loss(config.loss, has_bias=config.encoder.start_bias is not None)
     known = [tracker.value for tracker in get_available_trackers()]
     for tracker in config.trackers:
         if tracker not in known:
@@ -300,12 +309,16 @@ def main(config: TrainConfig) -> None:
     numbers = number_products(train.product_ids)
     # A content carries the images of its heaviest links alone; only those can stand for it.
     inline = shards.config["max_products_per_content"]
+    products = [[numbers[p] for p in ids[:inline]] for ids in train.product_ids]
+    weights = [weights[:inline] for weights in train.weights]
     batches = GlobalBatches(
-        config.sampler,
-        shard_sizes=train.shard_sizes,
-        products=[[numbers[p] for p in ids[:inline]] for ids in train.product_ids],
-        weights=[weights[:inline] for weights in train.weights],
+        config.sampler, shard_sizes=train.shard_sizes, products=products, weights=weights
     )
+    log_q = None
+    if config.loss.logq:
+        log_q = log_expected_columns(
+            products, weights, num_products=len(numbers), sampler=config.sampler
+        ).to(accelerator.device)
     has_val = shards.details["splits"].get("val", {}).get("contents", 0) > 0
     gallery = Gallery.open(config.shards, "val") if has_val else None
     total_batches = config.epochs * batches.steps_per_epoch
@@ -367,7 +380,15 @@ def main(config: TrainConfig) -> None:
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 views, scale = model(batch)
-            losses = contrastive_loss(views, batch, scale, config.objectives)
+                losses = contrastive_loss(
+                    views,
+                    batch,
+                    scale,
+                    config.objectives,
+                    config=config.loss,
+                    bias=encoder.logit_bias,
+                    log_q=log_q,
+                )
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)

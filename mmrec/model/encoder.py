@@ -63,6 +63,8 @@ class EncoderConfig:
     """Frames of a content, and images of a product, that are looked at when embedding."""
     start_scale: float = 1 / 0.07
     """Where the learned scale of similarities starts (CLIP's is 1/0.07)."""
+    start_bias: float | None = None
+    """Where the learned bias of the sigmoid loss starts (SigLIP's is -10); None has no bias."""
 
 
 class Encoder(nn.Module):
@@ -104,6 +106,9 @@ class Encoder(nn.Module):
         self.product_text_tower = deepcopy(towers.text) if config.separate_towers else None
         self.gates = nn.ModuleDict({side: GatedSum(self.width) for side in ("content", "product")})
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.start_scale)))
+        self.logit_bias = None
+        if config.start_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(config.start_bias))
         self.register_buffer(
             "mean", torch.tensor(self.pixels["mean"]).view(3, 1, 1) * 255, persistent=False
         )
@@ -141,7 +146,11 @@ class Encoder(nn.Module):
 
         The scale comes out of here, not of the attribute, so that DDP sees it used.
         """
-        return self._views({"content": batch.content, "product": batch.product}), self.scale
+        scale = self.scale
+        if self.logit_bias is not None:
+            # The loss reads the bias from the attribute; DDP must find it behind an output.
+            scale = scale + 0 * self.logit_bias
+        return self._views({"content": batch.content, "product": batch.product}), scale
 
     def views(self, items: ItemBatch, side: Side) -> Views:
         """The views of one side: pictures alone, title alone, and both fused."""

@@ -1,200 +1,268 @@
-"""The loss against a short dense float64 reference, on one process and on two ranks."""
+"""The loss against a short dense float64 reference, in one process."""
 
-import os
-import socket
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from loss_cases import CASES, Case, example, gradients, leaves_of, ours, reference
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, logsigmoid
 
 from mmrec.data.batches import ItemBatch, PairBatch
-from mmrec.model.losses import Objectives, contrastive_loss, edge_loss, info_nce, link_mass
+from mmrec.data.sampler import GlobalBatches, SamplerConfig
+from mmrec.errors import UserError
+from mmrec.model.losses import (
+    EDGES,
+    ExtraColumns,
+    LossConfig,
+    Objectives,
+    check_loss,
+    contrastive_loss,
+    edge_loss,
+    log_expected_columns,
+)
 
 
-def reference(rows: Tensor, columns: Tensor, mass: Tensor, scale: Tensor) -> Tensor:
-    """Both directions, written out row by row."""
-    total = rows.new_zeros(())
-    for here, there, weights in ((rows, columns, mass), (columns, rows, mass.T)):
-        terms = []
-        for i in range(len(here)):
-            if weights[i].sum() == 0:
-                continue
-            log_p = torch.log_softmax(scale * there @ here[i], 0)
-            terms.append(-(weights[i] / weights[i].sum() * log_p).sum())
-        total = total + torch.stack(terms).mean()
-    return total / 2
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_every_gradient_equal_the_reference(case: Case) -> None:
+    x = example()
+    leaves = leaves_of(x)
+    value, expected = ours(x, case), reference(x, case)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
+    for name, a, b in zip(
+        leaves, gradients(value, leaves), gradients(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def example(count: int, width: int = 5) -> dict[str, Tensor]:
-    """Rows with one or two links, products that repeat, and one link to a product outside the batch."""
-    generator = torch.Generator().manual_seed(0)
-    products = torch.randint(0, 4, (count,), generator=generator)
-    second = torch.randint(0, 6, (count,), generator=generator)
-    second[second == products] = -1
-    weights = torch.rand(count, 2, generator=generator, dtype=torch.float64) + 0.1
-    weights[:, 1] *= second >= 0
-    draw = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
-    return {
-        "rows": normalize(draw[0], dim=-1),
-        "columns": normalize(draw[1], dim=-1),
-        "links": torch.stack([products, second], 1),
-        "weights": weights,
-        "products": products,
-        "scale": torch.tensor(7.0, dtype=torch.float64),
-    }
-
-
-def dense_mass(links: Tensor, weights: Tensor, columns: Tensor) -> Tensor:
-    mass = torch.zeros(len(links), len(columns), dtype=weights.dtype)
-    for i in range(len(links)):
-        for j in range(len(columns)):
-            for m in range(links.shape[1]):
-                if links[i, m] == columns[j]:
-                    mass[i, j] += weights[i, m]
-    return mass
-
-
-def test_mass_is_the_weight_of_the_link_to_a_columns_product() -> None:
-    x = example(9)
-    expected = dense_mass(x["links"], x["weights"], x["products"])
-    assert torch.equal(link_mass(x["links"], x["weights"], x["products"]), expected)
-    assert (expected > 0).sum() > 9  # Not only the diagonal: the example has repeated products.
-
-
-def test_with_one_positive_a_row_it_is_clips_loss() -> None:
-    x = example(6)
-    loss, count = info_nce(x["rows"], x["columns"], torch.eye(6, dtype=torch.float64), x["scale"])
-    logits = x["scale"] * x["rows"] @ x["columns"].T
-    assert torch.allclose(loss / count, cross_entropy(logits, torch.arange(6)))
-
-
-def test_value_and_gradients_equal_the_reference() -> None:
+@pytest.mark.parametrize("chunk_rows", [1, 4, 5, 9, 12, 1000])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_chunks_change_nothing(kind: str, chunk_rows: int) -> None:
+    case = Case(kind, "shared", 0.7, "all")
     results = []
-    for compute in (_by_edge_loss, _by_reference):
-        x = {k: v.clone() for k, v in example(12).items()}
-        leaves = [x[name].requires_grad_() for name in ("rows", "columns", "scale")]
-        loss = compute(x)
-        loss.backward()
-        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
-    for ours, theirs in zip(*results, strict=True):
-        assert ours is not None
-        # edge_loss works in float32 under mixed precision and so here.
-        assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    for rows in (3, chunk_rows):
+        x = example()
+        leaves = leaves_of(x)
+        value = ours(x, case, rows)
+        results.append([value, *gradients(value, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
-def _by_edge_loss(x: dict[str, Tensor]) -> Tensor:
-    everyone = torch.ones(len(x["rows"]), dtype=torch.bool)
-    return edge_loss(**x, row_mask=everyone, column_mask=everyone)
+def plain(count: int = 6, **changes: Tensor) -> dict[str, Tensor]:
+    """Distinct products, one link a row, nothing masked."""
+    x = example(count, num_extra=0)
+    x["products"] = torch.arange(count)
+    x["log_q"] = torch.zeros(count, dtype=torch.float64)
+    x["links"] = torch.stack([x["products"], torch.full((count,), -1)], 1)
+    x["row_mask"] = x["column_mask"] = torch.ones(count, dtype=torch.bool)
+    return x | changes
 
 
-def _by_reference(x: dict[str, Tensor]) -> Tensor:
-    mass = dense_mass(x["links"], x["weights"], x["products"])
-    return reference(x["rows"], x["columns"], mass, x["scale"])
+@pytest.mark.parametrize("positives", ["shared", "masked", "diagonal"])
+def test_with_distinct_products_it_is_clips_loss_and_siglips(positives: str) -> None:
+    x = plain()
+    logits = x["scale"] * x["rows"] @ x["columns"].T
+    right = torch.arange(6)
+    clip = (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
+    torch.testing.assert_close(ours(x, Case("softmax", positives, 0.0, "none")), clip)
+    signs = 2 * torch.eye(6, dtype=torch.float64) - 1
+    siglip = -logsigmoid(signs * (logits + x["bias"])).sum() / 6
+    torch.testing.assert_close(ours(x, Case("sigmoid", positives, 0.0, "none")), siglip)
 
 
-def test_masked_rows_and_columns_take_no_part() -> None:
-    x = example(10)
-    row_mask = torch.arange(10) % 3 != 0
-    column_mask = torch.arange(10) != 4
-    ours = edge_loss(**x, row_mask=row_mask, column_mask=column_mask)
-    mass = dense_mass(x["links"], x["weights"], x["products"])[row_mask][:, column_mask]
-    theirs = reference(x["rows"][row_mask], x["columns"][column_mask], mass, x["scale"])
-    assert torch.allclose(ours.double(), theirs, rtol=1e-5)
+def test_positives_differ_where_products_repeat() -> None:
+    x = example()
+    values = {p: ours(x, Case("softmax", p, 0.0, "none")) for p in ("shared", "masked", "diagonal")}
+    assert len({round(float(value), 6) for value in values.values()}) == 3
+
+
+def test_a_linked_product_is_no_negative_even_as_an_extra_column() -> None:
+    case = Case("softmax", "diagonal", 0.0, "all")
+    alone = ours(plain(), replace(case, extra="none"))
+    draw = torch.randn(1, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    extra = {"extra": draw, "extra_mask": torch.ones(1, dtype=torch.bool)}
+    for product in (3, 99):  # Shown by a column too, or by none.
+        numbers = torch.tensor([product])
+        x = plain(**extra, extra_products=numbers, extra_rows=torch.tensor([0]))
+        everyone = ours(x, case)
+        only_first = ours(x, replace(case, extra="own"))
+        assert everyone > only_first > alone
+        x["links"] = torch.stack([x["products"], numbers.expand(6)], 1)
+        for scope in ("all", "own"):
+            torch.testing.assert_close(ours(x, replace(case, extra=scope)), alone)
 
 
 def test_a_batch_with_nothing_to_compare_costs_nothing() -> None:
-    x = example(4)
-    nobody = torch.zeros(4, dtype=torch.bool)
-    assert edge_loss(**x, row_mask=nobody, column_mask=nobody) == 0
+    for kind in ("softmax", "sigmoid"):
+        x = example(4)
+        leaves = leaves_of(x)
+        x["row_mask"] = x["column_mask"] = torch.zeros(4, dtype=torch.bool)
+        loss = ours(x, Case(kind, "shared", 0.7, "own"))
+        assert loss == 0
+        assert all((part == 0).all() for part in gradients(loss, leaves))
 
 
-def test_objectives_are_weighted_and_inactive_ones_left_out() -> None:
+def test_a_row_without_a_positive_is_a_negative_of_columns_alone() -> None:
     x = example(8)
+    x["links"][2] = torch.tensor([70, 71])
+    leaves = leaves_of(x)
+    case = Case("softmax", "shared", 0.0, "none")
+    for a, b in zip(
+        gradients(ours(x, case), leaves), gradients(reference(x, case), leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_precision_computes_logits_in_float32() -> None:
+    x = example(9)
+    for name in ("rows", "columns"):
+        x[name] = x[name].bfloat16()
+    x = {name: part.float() if part.dtype == torch.float64 else part for name, part in x.items()}
+    case = Case("softmax", "shared", 0.7, "own")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(x, case)
+    assert loss.dtype == torch.float32
+    exact = {n: part.double() if part.is_floating_point() else part for n, part in x.items()}
+    torch.testing.assert_close(loss.double(), reference(exact, case), rtol=1e-5, atol=0)
+
+
+# --- objectives --------------------------------------------------------------------------------
+
+
+def pair_batch(x: dict[str, Tensor]) -> PairBatch:
+    count = len(x["products"])
     items = ItemBatch(
-        images=torch.zeros(8, 1, 3, 2, 2, dtype=torch.uint8),
-        image_mask=torch.ones(8, 1, dtype=torch.bool),
-        tokens=torch.zeros(8, 3, dtype=torch.long),
-        text_mask=torch.ones(8, dtype=torch.bool),
+        images=torch.zeros(count, 1, 3, 2, 2, dtype=torch.uint8),
+        image_mask=torch.ones(count, 1, dtype=torch.bool),
+        tokens=torch.zeros(count, 3, dtype=torch.long),
+        text_mask=torch.ones(count, dtype=torch.bool),
     )
-    batch = PairBatch(
+    return PairBatch(
         content=items,
         product=items,
         product_number=x["products"],
         links=x["links"],
         weights=x["weights"].float(),
-        samples=torch.arange(8),
+        samples=torch.arange(count),
     )
-    everyone = torch.ones(8, dtype=torch.bool)
-    views = {
-        "content": (x["rows"], everyone),
-        "video": (x["rows"], everyone),
-        "content_title": (x["columns"], everyone),
-        "product": (x["columns"], everyone),
+
+
+def views_of(x: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    sides = {
+        ("content", "video", "content_title"): ("rows", "row_mask"),
+        ("product", "image", "product_title"): ("columns", "column_mask"),
     }
-    losses = contrastive_loss(views, batch, x["scale"], Objectives(video_title=0.5))
+    return {view: (x[a], x[b]) for views, (a, b) in sides.items() for view in views}
+
+
+def test_objectives_are_weighted_and_inactive_ones_left_out() -> None:
+    x = example(8)
+    objectives = Objectives(video_title=0.5)
+    losses = contrastive_loss(views_of(x), pair_batch(x), x["scale"], objectives)
     assert set(losses) == {"content_product", "video_title", "loss"}
     expected = losses["content_product"] + 0.5 * losses["video_title"]
-    assert torch.allclose(losses["loss"], expected)
-    # Within one side, columns that show the row's own product are its positives.
-    own = (x["products"][:, None] == x["products"]).double()
-    theirs = reference(x["rows"], x["columns"], own, x["scale"])
-    assert torch.allclose(losses["video_title"].double(), theirs, rtol=1e-5)
+    torch.testing.assert_close(losses["loss"], expected)
 
 
-# --- two ranks ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_every_edge_has_its_own_positives_and_correction(kind: str, name: str) -> None:
+    x = example(10)
+    x["weights"] = x["weights"].float().double()
+    off = {edge: 0.0 for edge in EDGES}
+    config = LossConfig(kind=kind, logq=0.7, chunk_rows=4)  # pyright: ignore
+    extra = ExtraColumns(
+        views={"product": (x["extra"], x["extra_mask"]), "image": (x["extra"], x["extra_mask"])},
+        products=x["extra_products"],
+    )
+    found = contrastive_loss(
+        views_of(x),
+        pair_batch(x),
+        x["scale"],
+        Objectives(**off | {name: 1.0}),
+        config=config,
+        bias=x["bias"],
+        log_q=x["log_q"],
+        extra_columns=extra,
+    )["loss"]
+    case = Case(
+        kind, "shared", 0.7, "all" if name in ("content_product", "video_image") else "none"
+    )
+    if name in ("video_title", "image_title"):
+        side = ("rows", "row_mask") if name == "video_title" else ("columns", "column_mask")
+        x["rows"] = x["columns"] = x[side[0]]
+        x["row_mask"] = x["column_mask"] = x[side[1]]
+        # Within one side the row's own product is its one link.
+        x["links"] = torch.stack([x["products"], torch.full((10,), -1)], 1)
+        x["weights"] = torch.ones(10, 2, dtype=torch.float64)
+    if name == "video_title":  # Contents are not drawn by popularity.
+        case = replace(case, logq=0.0)
+    if name == "image_title" and kind == "softmax":
+        case = replace(case, between_products=True)
+    torch.testing.assert_close(found, reference(x, case), rtol=1e-10, atol=0)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+# --- frequencies -------------------------------------------------------------------------------
 
 
-def _one_rank(rank: int, world: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    x = example(12)
-    own = slice(rank * 12 // world, (rank + 1) * 12 // world)
-    part = {name: value if name == "scale" else value[own].clone() for name, value in x.items()}
-    leaves = [part["rows"], part["columns"], part["scale"]]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    # Titles missing here and there, and on the last rank everywhere.
-    column_mask = torch.arange(12)[own] % 4 != 1
-    column_mask &= rank < world - 1
-    everyone = torch.ones(len(part["rows"]), dtype=torch.bool)
-    loss = edge_loss(**part, row_mask=everyone, column_mask=column_mask)
-    loss.backward()
-    gradients = [leaf.grad for leaf in leaves]
-    torch.save({"loss": loss.detach(), "gradients": gradients}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+@pytest.mark.parametrize("unique", [False, True])
+def test_expected_columns_are_those_that_the_sampler_deals(unique: bool) -> None:
+    rng = np.random.default_rng(0)
+    links = [[int(p)] for p in rng.integers(0, 12, 90) ** 2 // 12]
+    links += [[0, 9, 11]] * 30
+    weights = [[1.0] * len(row) if len(row) == 1 else [1.0, 2.0, 5.0] for row in links]
+    config = SamplerConfig(batch_size=12, unique_products=unique)
+    batches = GlobalBatches(config, shard_sizes=[60, 60], products=links, weights=weights)
+    counts = np.zeros(13)
+    for epoch in range(300):
+        for batch in batches.epoch(epoch):
+            for row in batch:
+                counts[batches.product_of(row)] += row.brings_product
+    seen = counts / (300 * batches.steps_per_epoch)
+    expected = log_expected_columns(links, weights, num_products=13, sampler=config)
+    assert expected[12] == 0  # Never drawn.
+    drawn = seen > 0
+    # Batches are cut from a permutation, so a product meets itself a little less than by chance.
+    np.testing.assert_allclose(expected.exp().numpy()[drawn], seen[drawn], rtol=0.06)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_together_equal_one_process(world: int, tmp_path: Path) -> None:
-    mp.spawn(_one_rank, (world, free_port(), str(tmp_path)), nprocs=world)  # pyright: ignore
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    x = {k: v.clone() for k, v in example(12).items()}
-    leaves = [x["rows"].requires_grad_(), x["columns"].requires_grad_()]
-    scale = x["scale"].requires_grad_()
-    column_mask = torch.arange(12) % 4 != 1
-    column_mask &= torch.arange(12) < 12 - 12 // world
-    mass = dense_mass(x["links"], x["weights"], x["products"])[:, column_mask]
-    loss = reference(x["rows"], x["columns"][column_mask], mass, scale)
-    loss.backward()
-    # The mean over ranks is the loss of the global batch, and DDP takes the mean of gradients.
-    mean: Callable[[list[Tensor]], Tensor] = lambda values: torch.stack(values).mean()  # noqa: E731
-    assert torch.allclose(mean([part["loss"] for part in parts]).double(), loss, rtol=1e-5)
-    for number, leaf in enumerate(leaves):
-        assert leaf.grad is not None
-        gathered = torch.cat([part["gradients"][number] for part in parts]) / world
-        assert torch.allclose(gathered, leaf.grad, rtol=1e-5, atol=1e-6)
-    scales = mean([part["gradients"][2] for part in parts])
-    assert scale.grad is not None
-    assert torch.allclose(scales, scale.grad, rtol=1e-5)
+def test_a_cap_on_rows_caps_the_expected_columns() -> None:
+    config = SamplerConfig(batch_size=8, max_rows_per_product=2)
+    links = [[0]] * 10 + [[1]] * 5 + [[2]] * 5
+    expected = log_expected_columns(links, [[1.0]] * 20, num_products=3, sampler=config)
+    torch.testing.assert_close(expected.exp(), torch.tensor([2.0, 2.0, 2.0]))
+
+
+def test_logq_makes_the_batch_sum_an_estimate_of_the_catalogues() -> None:
+    """At strength 1 a batch's sum of e^logit over columns is on average that over all products."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.softmax(torch.randn(20, generator=generator), 0).double()
+    logits = torch.randn(20, generator=generator).double()
+    draws = torch.multinomial(q, 64 * 4000, replacement=True, generator=generator).view(4000, 64)
+    corrected = (logits - torch.log(64 * q))[draws].exp().sum(1)
+    torch.testing.assert_close(corrected.mean(), logits.exp().sum(), rtol=0.01, atol=0)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LossConfig(chunk_rows=0), "chunk-rows 0"),
+        (LossConfig(logq=1.5), "logq 1.5"),
+        (LossConfig(kind="sigmoid"), "start-bias"),
+    ],
+)
+def test_what_cannot_work_is_refused(config: LossConfig, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_loss(config, has_bias=False)
+
+
+def test_without_a_config_it_is_the_default() -> None:
+    x = example(6)
+    names = ["rows", "columns", "row_mask", "column_mask", "links", "weights", "products", "scale"]
+    value = edge_loss(**{name: x[name] for name in names})
+    torch.testing.assert_close(value, reference(x, Case("softmax", "shared", 0.0, "none")))
