@@ -242,9 +242,8 @@ def edge_loss(
     """
     config = config or LossConfig()
     wanted, mass, ids, avoided = _positives(config, links, weights, products)
-    rows, links, wanted, mass = (part[row_mask] for part in (rows, links, wanted, mass))
-    avoided = avoided[row_mask]
-    columns, ids = columns[column_mask], ids[column_mask]
+    rows, links, wanted, mass, avoided = _keep(row_mask, rows, links, wanted, mass, avoided)
+    columns, ids = _keep(column_mask, columns, ids)
     sizes = distributed.gather_sizes(columns)
     columns = distributed.gather_with_gradient(columns, sizes)  # (C, D)
     ids = distributed.gather(ids, sizes)  # (C,)
@@ -401,6 +400,11 @@ def _positives(
     # Places take the part of ids: each rank's count from a number that no other reaches.
     places = torch.arange(len(products), device=products.device) + (distributed.rank() << 32)
     return places[:, None], one, places, nothing
+
+
+def _keep(mask: Bool[Tensor, " b"], *parts: Tensor) -> list[Tensor]:
+    """The rows of each part where the mask is true; not a copy where all are, as features are large."""
+    return list(parts) if mask.all() else [part[mask] for part in parts]
 
 
 def _own_logits(
