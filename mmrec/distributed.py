@@ -34,10 +34,14 @@ def gather_with_gradient(
     """Concatenate every rank's rows, in rank order, so that gradients flow back to their owners.
 
     A row's gradient is the sum over the losses of all ranks. Where ranks bring different numbers of rows,
-    `sizes` are those of `gather_sizes`.
+    `sizes` are those of `gather_sizes`. Backward waits for every rank, also for those whose own rows
+    need no gradient.
     """
     if world_size() == 1:
         return local
+    if torch.is_grad_enabled() and not local.requires_grad:
+        # Backward is a collective: a rank whose rows came of no parameter joins the others all the same.
+        local = local.detach().requires_grad_()
     return _Gather.apply(local, sizes)  # pyright: ignore[reportReturnType]
 
 

@@ -78,6 +78,9 @@ def _collectives(rank: int) -> dict[str, Tensor]:
     gathered = distributed.gather_with_gradient(low, sizes)
     gathered.sum().backward()
     assert low.grad is not None
+    # Only the first rank's rows come of a parameter; the others' backward must join in.
+    frozen = torch.ones(1, 2, requires_grad=rank == 0)
+    distributed.gather_with_gradient(frozen).sum().backward()
     values = torch.tensor([float(rank), -torch.inf, 500.0 * rank], requires_grad=True)
     joined = distributed.logsumexp_over_ranks(values)
     (joined[[0, 2]].sum() * (rank + 1)).backward()
@@ -87,6 +90,7 @@ def _collectives(rank: int) -> dict[str, Tensor]:
         "rows": rows.detach(),
         "gradient": local.grad,
         "low": low.grad,
+        "frozen": torch.zeros(0) if frozen.grad is None else frozen.grad,
         "joined": joined.detach(),
         "joined_gradient": values.grad,
     }
@@ -143,6 +147,7 @@ def test_collectives_take_uneven_rows(outcome: tuple[int, Path]) -> None:
         assert torch.equal(found["rows"], everyone)
         assert torch.equal(found["gradient"], (weights[own] * of_all).float())
         assert torch.equal(found["low"], torch.full((rank + 1, 2), float(world)).bfloat16())
+        assert found["frozen"].tolist() == ([] if rank else [[world, world]])
         torch.testing.assert_close(found["joined"], values.logsumexp(0))
         share = values.softmax(0)[rank] * of_all
         share[1] = 0

@@ -259,8 +259,7 @@ def edge_loss(
         own_logits, own_rows = _own_logits(rows, row_mask, links, scale, extra, extra_view)
     elif extra:
         features, known = _gather_extra(extra, extra_view)
-        linked, _ = find_entries(links, known)
-        ignored = _join(ignored, Entries(linked.rows, linked.columns + len(columns)))
+        ignored = _join(ignored, find_entries(links, known)[0], first_column=len(columns))
         columns = torch.cat([columns, features.to(columns.dtype)])
         if column_log_q is not None:
             # Mined, not drawn: it is there for certain, and the log of that is 0.
@@ -447,7 +446,9 @@ def _add_own(
     return tops + total.clamp(min=torch.finfo(total.dtype).tiny).log()
 
 
-def _join(first: Entries, second: Entries) -> Entries:
+def _join(first: Entries, second: Entries, *, first_column: int) -> Entries:
+    """Both, in the order of their rows; the second's columns are counted from `first_column`."""
     rows = torch.cat([first.rows, second.rows])
+    columns = torch.cat([first.columns, second.columns + first_column])
     order = rows.argsort(stable=True)
-    return Entries(rows[order], torch.cat([first.columns, second.columns])[order])
+    return Entries(rows[order], columns[order])
