@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
+from mmrec.model import logits
 from mmrec.model.logits import Entries, find_entries, logsumexps, softplus_sums
 
 
@@ -194,3 +195,38 @@ def test_what_is_saved_for_backward_is_features_and_vectors() -> None:
         )
     features = rows.nbytes + columns.nbytes
     assert features <= sum(saved.values()) <= features + 4 * 512 * 4
+
+
+def total_and_gradients(leaves: list[Tensor], device: str = "cpu") -> list[Tensor]:
+    """All that a loss takes of the logits in one number, and its gradients by rows, columns and scale."""
+    places = Entries(PICKED.rows.to(device), PICKED.columns.to(device))
+    by_row, by_column, chosen = logsumexps(*leaves, picked=places, chunk_rows=3)
+    loss = by_row.sum() + by_column.sum() - chosen.sum()
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def test_bfloat16_factors_change_little(
+    inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of GPUs, with a product that CPUs have."""
+    exact = total_and_gradients(list(inputs.values()))
+    leaves = [part.detach().float().requires_grad_() for part in inputs.values()]
+    monkeypatch.setattr(logits, "_dtype_of_factors", lambda rows: torch.bfloat16)
+    monkeypatch.setattr(logits, "_wide_mm", lambda left, right: left.float() @ right.float())
+    low = total_and_gradients(leaves)
+    assert not torch.equal(low[0].double(), exact[0])
+    for ours, theirs in zip(low, exact, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gpu_gives_what_a_cpu_gives(inputs: dict[str, Tensor], autocast: bool) -> None:
+    exact = total_and_gradients(list(inputs.values()))
+    leaves = [part.detach().float().cuda().requires_grad_() for part in inputs.values()]
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        found = total_and_gradients(leaves, "cuda")
+    tolerance = 0.02 if autocast else 1e-4
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double().cpu(), theirs, rtol=tolerance, atol=tolerance)
