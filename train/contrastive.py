@@ -211,8 +211,9 @@ def check(config: TrainConfig) -> Path | None:
     for name in ("num_workers", "cpu_threads", "eval_every", "seed"):
         limits[name] = (getattr(config, name), 0)
     limits["encoder.num_frames"] = (config.encoder.num_frames, 1)
-    if config.augment.early_size is not None:
-        limits["augment.early_size"] = (config.augment.early_size, 16)
+    for name in ("early_size", "late_size"):
+        if getattr(config.augment, name) is not None:
+            limits[f"augment.{name}"] = (getattr(config.augment, name), 16)
     if config.encoder.image_size is not None:
         limits["encoder.image_size"] = (config.encoder.image_size, 1)
     if not 0 <= config.augment.early_share <= 1:
@@ -268,20 +269,21 @@ def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
-def check_early_size(encoder: Encoder, config: TrainConfig) -> None:
-    """Refuse an early size that the image tower cannot take: most vision transformers take one size."""
-    size = config.augment.early_size
-    if not size:
-        return
-    blank = torch.zeros(1, 3, size, size)
-    try:
-        with torch.no_grad():
-            encoder.eval().image_tower(blank)
-    except Exception as error:  # each architecture complains in its own way
-        raise UserError(
-            f"--augment.early-size {size}: {config.encoder.towers} cannot take pictures of that size "
-            f"({str(error).splitlines()[0][:100]}); leave it out to train at {encoder.preprocess.size}"
-        ) from None
+def check_sizes(encoder: Encoder, config: TrainConfig) -> None:
+    """Refuse training sizes that the image tower cannot take: most vision transformers take one size."""
+    for name in ("early_size", "late_size"):
+        size = getattr(config.augment, name)
+        if not size:
+            continue
+        try:
+            with torch.no_grad():
+                encoder.eval().image_tower(torch.zeros(1, 3, size, size))
+        except Exception as error:  # each architecture complains in its own way
+            flag = f"--augment.{name.replace('_', '-')} {size}"
+            raise UserError(
+                f"{flag}: {config.encoder.towers} cannot take pictures of that size "
+                f"({str(error).splitlines()[0][:100]}); leave it out to train at {encoder.preprocess.size}"
+            ) from None
 
 
 def main(config: TrainConfig) -> None:
@@ -331,7 +333,7 @@ def main(config: TrainConfig) -> None:
 
     # --- model ---------------------------------------------------------------------------------
     encoder = Encoder(config.encoder)
-    check_early_size(encoder, config)
+    check_sizes(encoder, config)
     tokenizer = encoder.tokenizer
     optimizer = build_optimizer(encoder, config.optimizer)
     model, optimizer = accelerator.prepare(encoder, optimizer)

@@ -117,10 +117,17 @@ class AugmentConfig:
     """
     early_share: float = 0.6
     """Share of the epochs that is at the early size, if there is one."""
+    late_size: int | None = None
+    """Side of pictures in the other epochs, in pixels, likewise; None is the tower's own.
+
+    A random crop shows things larger than they are in a whole picture, which a tower that is trained on
+    smaller pictures than it will see makes up for (FixRes: Touvron et al. 2019).
+    """
 
     def size_of(self, epoch: int, num_epochs: int) -> int | None:
         """The side of pictures in an epoch; None is the tower's own."""
-        return self.early_size if epoch < round(self.early_share * num_epochs) else None
+        early = self.early_size and epoch < round(self.early_share * num_epochs)
+        return self.early_size if early else self.late_size
 
 
 @dataclass(frozen=True, kw_only=True)

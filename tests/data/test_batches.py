@@ -219,3 +219,10 @@ def test_some_are_drawn_in_order() -> None:
     assert draw_some(3, 5, rng) == [0, 1, 2]
     draws = {tuple(draw_some(4, 2, rng)) for _ in range(200)}
     assert draws == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
+
+
+def test_sizes_of_epochs() -> None:
+    augment = AugmentConfig(early_size=64, early_share=0.5, late_size=96)
+    assert [augment.size_of(epoch, 4) for epoch in range(4)] == [64, 64, 96, 96]
+    assert AugmentConfig(late_size=96).size_of(0, 4) == 96
+    assert AugmentConfig().size_of(0, 4) is None
