@@ -33,6 +33,7 @@ def embed(
     batch_size: int = 64,
     num_workers: int = 0,
     dtype: Literal["float16", "float32"] = "float16",
+    width: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Encode shards into a folder of embeddings.
@@ -46,6 +47,7 @@ def embed(
         batch_size: Items encoded at a time.
         num_workers: Processes that read and decode; 0 does it in this one.
         dtype: How numbers are kept on disk.
+        width: Numbers kept of each embedding, of an encoder trained with --encoder.widths; all if left out.
         overwrite: Replace the folder if it is there.
     """
     from mmrec.retrieval.embed import embed_shards
@@ -59,10 +61,11 @@ def embed(
         batch_size=batch_size,
         num_workers=num_workers,
         dtype=dtype,
+        width=width,
         overwrite=overwrite,
     )
-    rows, width = embeddings.vectors.shape
-    print(f"embedded {rows:,} items, {width} wide: {out}")
+    rows, columns = embeddings.vectors.shape
+    print(f"embedded {rows:,} items, {columns} wide: {out}")
 
 
 @index_app.command(name="build")

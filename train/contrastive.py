@@ -55,29 +55,17 @@ from mmrec.model.losses import (
     contrastive_loss,
     log_expected_columns,
 )
+from mmrec.model.tuning import TuningConfig, tune
+from mmrec.model.widths import nested_loss
 from mmrec.retrieval.evaluation import Gallery, measure
 from mmrec.training.checkpoints import Progress, list_checkpoints, read_progress, save_checkpoint
+from mmrec.training.ema import AveragedEncoder
+from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from mmrec.training.progress import Stopwatch
 from mmrec.training.run import RunFolder, differing_fields, read_config
 from mmrec.training.schedules import warmup_cosine
 
 # --- config ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW, a linear warm-up and half a cosine."""
-
-    learning_rate: float = 1e-3
-    """The peak."""
-    weight_decay: float = 0.05
-    """On matrices and kernels; not on biases, norms or the scale."""
-    beta2: float = 0.98
-    """AdamW's second moment; below the usual 0.999 because batches of a contrastive loss vary."""
-    warmup: float = 0.05
-    """Share of all steps over which the learning rate rises."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +82,9 @@ class TrainConfig:
     objectives: Objectives = field(default_factory=Objectives)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is then evaluated and exported; 0.999 is usual."""
     epochs: int = 30
     """Times that each training content is shown."""
     num_frames: int = 4
@@ -251,22 +242,7 @@ def check(config: TrainConfig) -> Path | None:
     return checkpoints[-1]
 
 
-# --- model and optimizer -----------------------------------------------------------------------
-
-
-def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on everything that has at least two dimensions."""
-    weights = [p for p in encoder.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in weights if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        # One pass over each weight: a token embedding makes the plain form cost as much as the towers.
-        fused=True,
-    )
+# --- model --------------------------------------------------------------------------------------
 
 
 def check_sizes(encoder: Encoder, config: TrainConfig) -> None:
@@ -334,9 +310,14 @@ def main(config: TrainConfig) -> None:
     # --- model ---------------------------------------------------------------------------------
     encoder = Encoder(config.encoder)
     check_sizes(encoder, config)
+    tune(encoder, config.tuning)
     tokenizer = encoder.tokenizer
     optimizer = build_optimizer(encoder, config.optimizer)
     model, optimizer = accelerator.prepare(encoder, optimizer)
+    average = AveragedEncoder(encoder, config.ema) if config.ema is not None else None
+    if average:
+        accelerator.register_for_checkpointing(average)
+    exported = average.module if average else encoder
 
     progress = Progress(shards=shards.fingerprint)
     if checkpoint:
@@ -376,20 +357,23 @@ def main(config: TrainConfig) -> None:
         """One batch forward and backward; an optimizer step when enough have been added up."""
         warmup = max(1, round(config.optimizer.warmup * total_steps))
         factor = warmup_cosine(step, total=total_steps, warmup=warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.learning_rate * factor
+        set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
         batch = batch.to(accelerator.device)
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 views, scale = model(batch)
-                losses = contrastive_loss(
+                losses = nested_loss(
                     views,
-                    batch,
-                    scale,
-                    config.objectives,
-                    config=config.loss,
-                    bias=encoder.logit_bias,
-                    log_q=log_q,
+                    encoder.widths,
+                    lambda views: contrastive_loss(
+                        views,
+                        batch,
+                        scale,
+                        config.objectives,
+                        config=config.loss,
+                        bias=encoder.logit_bias,
+                        log_q=log_q,
+                    ),
                 )
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
@@ -398,6 +382,8 @@ def main(config: TrainConfig) -> None:
             optimizer.step()
             optimizer.zero_grad()
         encoder.cap_scale()
+        if average and accelerator.sync_gradients:
+            average.update(encoder, step + 1)
         return losses
 
     def record(row: dict[str, Any]) -> None:
@@ -411,8 +397,8 @@ def main(config: TrainConfig) -> None:
         value = None
         if gallery:
             # Ranks see other rows, and so have other batch statistics; the first one's are exported.
-            broadcast_buffers(encoder)
-            metrics = measure(encoder, gallery, num_workers=config.num_workers)
+            broadcast_buffers(exported)
+            metrics = measure(exported, gallery, num_workers=config.num_workers)
             value = metrics[config.best_metric]
             record({"step": progress.step, **{f"val/{name}": v for name, v in metrics.items()}})
             bar.write(
@@ -425,7 +411,7 @@ def main(config: TrainConfig) -> None:
         if better or (value is None and progress.step == total_steps):
             if accelerator.is_main_process:
                 parent = parent_of(config.out / "encoder", config.shards, "shards")
-                encoder.save(config.out / "encoder", parents=[parent], overwrite=True)
+                exported.save(config.out / "encoder", parents=[parent], overwrite=True)
             progress = replace(progress, best=value, best_step=progress.step)
         accelerator.wait_for_everyone()
         return progress

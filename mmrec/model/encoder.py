@@ -29,12 +29,13 @@ from mmrec.manifest import (
     read_manifest,
     write_manifest,
 )
-from mmrec.model.fusion import GatedSum, masked_mean
+from mmrec.model.fusion import AttentionPool, GatedSum, masked_mean
+from mmrec.model.layers import hold_frozen
+from mmrec.model.lora import count_parameters, merged_weights
 from mmrec.model.towers import build_tokenizer, build_towers
+from mmrec.model.widths import Views, check_widths, truncate
 
 Side = Literal["content", "product"]
-Views = dict[str, tuple[Float[Tensor, "B D"], Bool[Tensor, " B"]]]
-"""Vectors by view and, beside each, which rows have that view."""
 
 VIEWS: dict[Side, tuple[str, str, str]] = {
     "content": ("content", "video", "content_title"),
@@ -65,6 +66,10 @@ class EncoderConfig:
     """Where the learned scale of similarities starts (CLIP's is 1/0.07)."""
     start_bias: float | None = None
     """Where the learned bias of the sigmoid loss starts (SigLIP's is -10); None has no bias."""
+    pooling: Literal["mean", "attention"] = "mean"
+    """How a clip's frames, and a product's images, become one vector; attention starts as the mean."""
+    widths: tuple[int, ...] = ()
+    """Nested widths, ascending: each prefix of an embedding is trained to be one by itself (Matryoshka)."""
 
 
 class Encoder(nn.Module):
@@ -104,7 +109,10 @@ class Encoder(nn.Module):
         self.text_tower = towers.text
         self.product_image_tower = deepcopy(towers.image) if config.separate_towers else None
         self.product_text_tower = deepcopy(towers.text) if config.separate_towers else None
-        self.gates = nn.ModuleDict({side: GatedSum(self.width) for side in ("content", "product")})
+        check_widths(config.widths, self.width)
+        self.gates = nn.ModuleDict({side: GatedSum(self.width) for side in VIEWS})
+        pools = {side: AttentionPool(self.width) for side in VIEWS if config.pooling == "attention"}
+        self.pools = nn.ModuleDict(pools)
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.start_scale)))
         self.logit_bias = None
         if config.start_bias is not None:
@@ -127,6 +135,11 @@ class Encoder(nn.Module):
         return self._tokenizer
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Every width that is trained, ascending; the last is the full one."""
+        return (*(width for width in self.config.widths if width < self.width), self.width)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.log_scale.device
@@ -140,6 +153,12 @@ class Encoder(nn.Module):
     def cap_scale(self) -> None:
         """Hold the scale at 100 or below, as CLIP does; called after each optimizer step."""
         self.log_scale.clamp_(max=math.log(MAX_SCALE))
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As any module's, but frozen parts stay as they are in use: no dropout, no batch statistics."""
+        super().train(mode)
+        hold_frozen(self)
+        return self
 
     def forward(self, batch: PairBatch) -> tuple[Views, Float[Tensor, ""]]:
         """Every view of both sides of a batch of training rows, and the scale.
@@ -169,7 +188,7 @@ class Encoder(nn.Module):
         views: Views = {}
         for side, items in sides.items():
             frames = _scatter(normalize(pictures[side], dim=-1), items.image_mask)  # (B, T, D)
-            images = normalize(masked_mean(frames, items.image_mask), dim=-1)  # (B, D)
+            images = self._pool(side, frames, items.image_mask)  # (B, D)
             titles = _scatter(normalize(texts[side], dim=-1), items.text_mask)  # (B, D)
             has_images = items.image_mask.any(1)
             present = torch.stack([has_images, items.text_mask], dim=1)  # (B, 2)
@@ -181,6 +200,12 @@ class Encoder(nn.Module):
                 title: (titles, items.text_mask),
             }
         return views
+
+    def _pool(
+        self, side: Side, frames: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B D"]:
+        pooled = self.pools[side](frames, mask) if self.pools else masked_mean(frames, mask)
+        return normalize(pooled, dim=-1)
 
     def _run(
         self, towers: Mapping[Side, nn.Module | None], inputs: Mapping[Side, Tensor]
@@ -204,15 +229,20 @@ class Encoder(nn.Module):
         if len(rows):
             return tower(rows)
         # Part of the graph all the same: a rank without titles must still join in gathering gradients.
-        return torch.zeros(0, self.width, device=self.device) + 0 * next(tower.parameters()).sum()
+        learned = next((part for part in tower.parameters() if part.requires_grad), None)
+        zeros = torch.zeros(0, self.width, device=self.device)
+        return zeros if learned is None else zeros + 0 * learned.sum()
 
     @torch.inference_mode()
-    def embed(self, items: ItemBatch, side: Side) -> Float[Tensor, "B D"]:
-        """Unit vectors of contents or products, in float32.
+    def embed(
+        self, items: ItemBatch, side: Side, *, width: int | None = None
+    ) -> Float[Tensor, "B D"]:
+        """Unit vectors of contents or products, in float32, or their first `width` numbers made unit again.
 
         An item with neither pictures nor a title has no embedding: its row is zero.
         """
-        vectors, _ = self.views(items.to(self.device), side)[side]
+        views = self.views(items.to(self.device), side)
+        vectors, _ = truncate(views, width or self.width)[side]
         return vectors.float()
 
     def embed_content(self, items: ItemBatch) -> Float[Tensor, "B D"]:
@@ -243,7 +273,8 @@ class Encoder(nn.Module):
             text = json.dumps(config, indent=2)
             (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
             weights = {
-                name: part.detach().cpu().contiguous() for name, part in self.state_dict().items()
+                name: part.detach().cpu().contiguous()
+                for name, part in merged_weights(self).items()
             }
             save_file(weights, temporary / "model.safetensors")
             digest = hash_file(temporary / "model.safetensors")
@@ -253,10 +284,14 @@ class Encoder(nn.Module):
                 Manifest(
                     kind="encoder",
                     config=asdict(self.config),
-                    counts={"parameters": sum(part.numel() for part in self.parameters())},
+                    counts={"parameters": count_parameters(self)},
                     parents=parents or [],
                     fingerprint=self.fingerprint,
-                    details={"width": self.width, "tokenizer": self.config.towers},
+                    details={
+                        "width": self.width,
+                        "widths": self.widths,
+                        "tokenizer": self.config.towers,
+                    },
                 ),
             )
         return self.fingerprint
@@ -283,8 +318,10 @@ class Encoder(nn.Module):
                 f"({manifest.fingerprint}); export the encoder again"
             )
         known = {field.name for field in fields(EncoderConfig)}
+        own = {k: v for k, v in config["encoder"].items() if k in known}
+        own["widths"] = tuple(own.get("widths", ()))  # JSON has lists alone
         encoder = cls(
-            EncoderConfig(**{k: v for k, v in config["encoder"].items() if k in known}),
+            EncoderConfig(**own),
             model_config=config["towers"],
             pixels=config["pixels"],
         )

@@ -5,7 +5,7 @@
     <embeddings>/manifest.json
 
 One part a shard, named so that embedding-reader, autofaiss and clip-retrieval read them in the same order.
-Shape letters: N rows, D embedding width.
+Shape letters: N rows, D embedding width, W a narrower one.
 """
 
 import json
@@ -115,6 +115,15 @@ def embed_views(
     return {name: np.concatenate([rank_part[name] for rank_part in gathered]) for name in local}
 
 
+def narrowed(vectors: Float32[np.ndarray, "N D"], width: int) -> Float32[np.ndarray, "N W"]:
+    """The first `width` numbers of each row, made unit vectors again; rows of zeros stay so."""
+    if width == vectors.shape[1]:
+        return vectors
+    prefix = vectors[:, :width]
+    lengths = np.linalg.norm(prefix, axis=1, keepdims=True)
+    return prefix / np.where(lengths > 0, lengths, 1)
+
+
 def embed_shards(
     encoder_folder: Path,
     shards: Path,
@@ -125,16 +134,24 @@ def embed_shards(
     batch_size: int = 64,
     num_workers: int = 0,
     dtype: Literal["float16", "float32"] = "float16",
+    width: int | None = None,
     overwrite: bool = False,
 ) -> Embeddings:
     """Embed a split of shards (`catalog`: the products) with a saved encoder into a folder of embeddings.
 
-    Raises `UserError` when the encoder or the split is missing, `out` is there already, or an item
-    has neither a picture nor a title.
+    `width` keeps that many numbers of each; it must be one that the encoder was trained at. Raises
+    `UserError` when it is not, the encoder or the split is missing, `out` is there already, or an item has
+    neither a picture nor a title.
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError("expected --batch-size of at least 1 and --num-workers of at least 0")
     encoder = Encoder.load(encoder_folder, device=pick_device(device))
+    width = width or encoder.width
+    if width not in encoder.widths:
+        known = ", ".join(map(str, encoder.widths))
+        raise UserError(
+            f"--width {width}: {encoder_folder} was trained at {known}; give one of these"
+        )
     reader = open_split(shards, split)
     inputs = (encoder_folder, shards)
     with new_folder(out, kind="embeddings", overwrite=overwrite, inputs=inputs) as folder:
@@ -147,6 +164,7 @@ def embed_shards(
             num_workers=num_workers,
             progress=f"embed {split}",
         )
+        vectors = narrowed(vectors, width)
         _check_lengths(vectors, reader)
         start = 0
         for number, size in enumerate(reader.shard_sizes):
@@ -170,7 +188,7 @@ def embed_shards(
                 ],
                 fingerprint=_fingerprint(folder),
                 details={
-                    "width": encoder.width,
+                    "width": width,
                     "family": reader.family,
                     "parts": len(reader.shard_sizes),
                 },

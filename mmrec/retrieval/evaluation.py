@@ -31,7 +31,7 @@ from mmrec.retrieval.baselines import (
     popularity_scores,
     title_overlap_scores,
 )
-from mmrec.retrieval.embed import Split, embed_rows, embed_views, open_split, pick_device
+from mmrec.retrieval.embed import Split, embed_rows, embed_views, narrowed, open_split, pick_device
 from mmrec.retrieval.metrics import (
     Summary,
     bootstrap_intervals,
@@ -73,11 +73,19 @@ class Gallery:
 def measure(
     encoder: Encoder, gallery: Gallery, *, batch_size: int = 64, num_workers: int = 0
 ) -> dict[str, float]:
-    """Every metric over all queries, by exact search: what training prints while it runs."""
+    """Every metric over all queries, by exact search: what training prints while it runs.
+
+    Those of a narrower nested width are under its number: "64/R@1".
+    """
     queries = embed_rows(encoder, gallery.contents, batch_size=batch_size, num_workers=num_workers)
     products = embed_rows(encoder, gallery.catalog, batch_size=batch_size, num_workers=num_workers)
-    values = per_query(rank_relevant(queries, products, gallery.relevant))
-    return {name: float(column.mean()) for name, column in values.items()}
+    metrics = {}
+    for width in reversed(encoder.widths):
+        prefix = "" if width == encoder.width else f"{width}/"
+        narrow = narrowed(queries, width), narrowed(products, width)
+        values = per_query(rank_relevant(*narrow, gallery.relevant))
+        metrics |= {f"{prefix}{name}": float(column.mean()) for name, column in values.items()}
+    return metrics
 
 
 def evaluate(
@@ -95,8 +103,8 @@ def evaluate(
     """Measure an encoder on a split: the contents of `metrics.json`, and cards for a gallery.
 
     `untrained` adds a baseline: the same encoder with the weights that a training with `seed` starts
-    from. Beside the usual keys, "modalities" holds the same slices with only the pictures or only the title
-    of each content, and "timing" the seconds taken.
+    from. Beside the usual keys, "widths" holds the same slices at each nested width, "modalities" those
+    with only the pictures or only the title of each content, and "timing" the seconds taken.
     """
     started = time.perf_counter()
     gallery = Gallery.open(shards, split)
@@ -112,8 +120,11 @@ def evaluate(
         products[name] = embed_rows(system, gallery.catalog, progress=f"{name}: products", **sizes)
     embedded = time.perf_counter()
 
-    def ranked(system: str, view: str = "content") -> dict[str, np.ndarray]:
-        return per_query(rank_relevant(queries[system][view], products[system], gallery.relevant))
+    def ranked(
+        system: str, view: str = "content", width: int = encoder.width
+    ) -> dict[str, np.ndarray]:
+        rows, columns = narrowed(queries[system][view], width), narrowed(products[system], width)
+        return per_query(rank_relevant(rows, columns, gallery.relevant))
 
     values = ranked("trained")
     summaries: dict[str, Summary] = {}
@@ -128,6 +139,11 @@ def evaluate(
         intervals=bootstrap_intervals(values, slices),
         baselines=summaries,
     )
+    if len(encoder.widths) > 1:
+        metrics["widths"] = {
+            str(width): summarise(ranked("trained", width=width), slices)
+            for width in encoder.widths
+        }
     if queries["trained"]["content_title"].any():  # Rows without a title are zero.
         metrics["modalities"] = {
             "video alone": summarise(ranked("trained", "video"), slices),

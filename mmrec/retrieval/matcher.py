@@ -197,7 +197,8 @@ class Matcher:
             tokenizer=self.encoder.tokenizer,
             size=self.encoder.preprocess.size,
         )
-        return self.encoder.embed(batch, "content")[0].cpu().numpy()
+        # An index may hold the first numbers of nested embeddings alone.
+        return self.encoder.embed(batch, "content", width=self.index.width)[0].cpu().numpy()
 
     def _read(self, video: Source | None, images: Sequence[Source]) -> list[np.ndarray]:
         source = video

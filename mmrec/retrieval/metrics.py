@@ -268,9 +268,11 @@ def evaluation(
 
 
 def systems(metrics: Mapping[str, Any]) -> dict[str, Summary]:
-    """What a table compares, in order: the encoder, the encoder with half of each query, baselines."""
+    """What a table compares: the encoder, at narrower widths, with half of each query, and baselines."""
+    widths = sorted(metrics.get("widths", {}), key=int, reverse=True)[1:]
     return {
         "trained": metrics["slices"],
+        **{f"{width} wide": metrics["widths"][width] for width in widths},
         **metrics.get("modalities", {}),
         **metrics["baselines"],
     }
