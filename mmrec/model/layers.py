@@ -16,10 +16,10 @@ from mmrec.errors import UserError
 # In timm's form: a number in the pattern numbers a layer, 99999 joins the one before, and what no pattern
 # matches is the last.
 _TRANSFORMER = {
-    "stem": r"^(conv1|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb)",
-    "blocks": [(r"^transformer\.resblocks\.(\d+)", None), (r"^ln_(post|final)", (99999,))],
+    "stem": r"^(?:conv1|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb)",
+    "blocks": [(r"^transformer\.resblocks\.(\d+)", None), (r"^ln_(?:post|final)", (99999,))],
 }
-_RESNET = {"stem": r"^(conv|bn)\d", "stages": r"^layer(\d+)"}
+_RESNET = {"stem": r"^(?:conv|bn)\d", "stages": r"^layer(\d+)"}
 
 
 def layer_depths(tower: nn.Module) -> dict[str, int]:
@@ -42,10 +42,12 @@ def layer_depths(tower: nn.Module) -> dict[str, int]:
 
 def hold_frozen(module: nn.Module) -> None:
     """Put every part that has parameters, none of which learn, into evaluation mode."""
-    for part in module.modules():
+    for part in module.children():
         parameters = list(part.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             part.eval()
+        else:
+            hold_frozen(part)
 
 
 def _grouped(module: nn.Module, matcher: Any) -> dict[str, int]:

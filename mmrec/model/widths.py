@@ -1,6 +1,6 @@
 """Nested (Matryoshka) widths: every prefix of an embedding is one by itself (Kusupati et al. 2022).
 
-Shape letters: B samples, D embedding width.
+Shape letters: B samples, D embedding width, W a narrower one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,10 @@ Views = dict[str, tuple[Float[Tensor, "B D"], Bool[Tensor, " B"]]]
 """Vectors by view and, beside each, which rows have that view."""
 
 
+NarrowViews = dict[str, tuple[Float[Tensor, "B W"], Bool[Tensor, " B"]]]
+"""The same of another width."""
+
+
 def check_widths(widths: Sequence[int], full: int) -> None:
     """Raise `UserError` unless the widths rise from at least 1 to at most the full one."""
     rising = all(a < b for a, b in pairwise(widths))
@@ -24,7 +28,7 @@ def check_widths(widths: Sequence[int], full: int) -> None:
         raise UserError(f"--encoder.widths {found}: expected ascending numbers from 1 to {full}")
 
 
-def truncate(views: Views, width: int) -> Views:
+def truncate(views: Views, width: int) -> NarrowViews:
     """The first `width` numbers of every view, made unit vectors again; rows of zeros stay so."""
     return {
         name: (
