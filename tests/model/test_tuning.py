@@ -126,7 +126,7 @@ def test_checkpointed_towers_keep_less(tmp_path: Path) -> None:
 def test_compiled_towers_keep_their_names_and_numbers(tmp_path: Path) -> None:
     plain, compiled = small_encoder(tmp_path).train(), small_encoder(tmp_path).train()
     for tower in (compiled.image_tower, compiled.text_tower):
-        compile_tower(tower, backend="aot_eager")  # the compiler's graphs without its C++
+        compile_tower(tower, backend="eager")  # graphs are traced, and run without C++
     expected, found = gradients(plain), gradients(compiled)
     assert compiled.image_tower._compiled_call_impl is not None
     assert list(plain.state_dict()) == list(compiled.state_dict())
