@@ -83,6 +83,17 @@ def test_frozen_layers_get_no_adapters(tmp_path: Path) -> None:
     assert adapted == {f"{block}.c_fc", f"{block}.c_proj"}
 
 
+def test_adapters_learn_the_same_in_checkpointed_towers(tmp_path: Path) -> None:
+    found = []
+    for checkpoint in (False, True):
+        encoder = small_encoder(tmp_path)
+        tune(encoder, TuningConfig(lora_rank=2, checkpoint_towers=checkpoint))
+        train(encoder)
+        found.append(merged_weights(encoder))
+    for name, part in found[0].items():
+        assert torch.allclose(part, found[1][name], atol=1e-6), name
+
+
 def test_every_linear_layer_of_a_timm_transformer_is_adapted(tmp_path: Path) -> None:
     tower = small_encoder(tmp_path, "timm-vit").image_tower
     layers = {name.removeprefix("trunk.blocks.0.") for name in adaptable(tower) if ".0." in name}
