@@ -242,7 +242,7 @@ def check(config: TrainConfig) -> Path | None:
     return checkpoints[-1]
 
 
-# --- model --------------------------------------------------------------------------------------
+# --- model -------------------------------------------------------------------------------------
 
 
 def check_sizes(encoder: Encoder, config: TrainConfig) -> None:
