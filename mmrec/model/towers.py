@@ -211,12 +211,6 @@ def mmrec_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 @timm.models.register_model
-def mmrec_resnet14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Like `mmrec_resnet18` in time, with fewer blocks early and more channels late: 4.2 M parameters."""
-    return _small_resnet("mmrec_resnet14", (1, 1, 2, 2), (32, 64, 160, 320), **kwargs)
-
-
-@timm.models.register_model
 def mmrec_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Two basic blocks a stage, 32 to 256 channels: 2.9 M parameters, for thousands of photos on a CPU."""
     return _small_resnet("mmrec_resnet18", (2, 2, 2, 2), (32, 64, 128, 256), **kwargs)
