@@ -212,6 +212,11 @@ def check(config: TrainConfig) -> Path | None:
     for name, (value, least) in limits.items():
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if config.augment.mix and (config.loss.positives != "shared" or config.objectives.video_title):
+        raise UserError(
+            "--augment.mix: what is mixed shows several products, which --loss.positives shared alone "
+            "can say, and no title of its own, which --objectives.video-title asks for"
+        )
     if not active(config.objectives):
         raise UserError("--objectives: every weight is 0, so there is nothing to learn")
     check_loss(config.loss, has_bias=config.encoder.start_bias is not None)

@@ -68,6 +68,8 @@ class EncoderConfig:
     """Where the learned bias of the sigmoid loss starts (SigLIP's is -10); None has no bias."""
     pooling: Literal["mean", "attention"] = "mean"
     """How a clip's frames, and a product's images, become one vector; attention starts as the mean."""
+    fusion: Literal["gated", "mean"] = "gated"
+    """How pictures and a title become one vector: under learned gates, or with equal weights."""
     widths: tuple[int, ...] = ()
     """Nested widths, ascending: each prefix of an embedding is trained to be one by itself (Matryoshka)."""
 
@@ -111,6 +113,8 @@ class Encoder(nn.Module):
         self.product_text_tower = deepcopy(towers.text) if config.separate_towers else None
         check_widths(config.widths, self.width)
         self.gates = nn.ModuleDict({side: GatedSum(self.width) for side in VIEWS})
+        if config.fusion == "mean":
+            self.gates.requires_grad_(False)  # As they start: equal.
         pools = {side: AttentionPool(self.width) for side in VIEWS if config.pooling == "attention"}
         self.pools = nn.ModuleDict(pools)
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.start_scale)))

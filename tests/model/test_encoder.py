@@ -302,3 +302,12 @@ def test_a_saved_encoder_needs_no_model_config_file(vit_config: Path, tmp_path: 
     again = Encoder.load(tmp_path / "encoder")
     batch = items(encoder, [1], ["x"])
     assert torch.equal(encoder.embed_content(batch), again.embed_content(batch))
+
+
+def test_without_learned_gates_a_content_is_the_mean_of_what_it_has() -> None:
+    encoder = Encoder(EncoderConfig(towers="mmrec-tiny", image_size=32, fusion="mean"))
+    assert not any("gates" in name for name, p in encoder.named_parameters() if p.requires_grad)
+    views = encoder.eval().views(items(encoder, [2, 1, 1], ["a", "b", "c"]), "content")
+    mean = (views["video"][0] + views["content_title"][0]) / 2
+    expected = torch.nn.functional.normalize(mean, dim=-1)
+    torch.testing.assert_close(views["content"][0], expected)
