@@ -93,6 +93,25 @@ def _pad(rows: Tensor, size: int) -> Tensor:
     return torch.cat([rows, missing]) if len(missing) else rows
 
 
+class Agreement:
+    """Numbers that every rank must see alike: whether to stop, and which step went wrong.
+
+    The processors exchange them, so no rank waits for what its GPU has still to do. Every rank makes
+    one, and calls it as often as the others.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+
+    def largest(self, value: int) -> int:
+        """The largest of the numbers that the ranks bring."""
+        if self._group is None:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
+        return int(shared)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, sizes: list[int] | None) -> Tensor:

@@ -10,7 +10,6 @@ The first argument is a recipe below, or the config.json of an earlier run; flag
 demo recipe takes about 3 minutes on 2 cores. See README.md for what each recipe reaches.
 """
 
-import math
 import os
 import sys
 import time
@@ -36,7 +35,7 @@ from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
 from mmrec.data.shards import open_shards
-from mmrec.distributed import broadcast_buffers
+from mmrec.distributed import Agreement, broadcast_buffers
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
@@ -58,12 +57,23 @@ from mmrec.model.losses import (
 from mmrec.model.tuning import TuningConfig, tune
 from mmrec.model.widths import nested_loss
 from mmrec.retrieval.evaluation import Gallery, measure
-from mmrec.training.checkpoints import Progress, list_checkpoints, read_progress, save_checkpoint
+from mmrec.training.checkpoints import (
+    Progress,
+    list_checkpoints,
+    read_progress,
+    restore_checkpoint,
+    save_checkpoint,
+    saving,
+)
+from mmrec.training.curves import summarize_curves
 from mmrec.training.ema import AveragedEncoder
+from mmrec.training.faults import FaultWatch, stop_at_fault, weights_are_finite
+from mmrec.training.flops import FlopCount, peak_flops
 from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
-from mmrec.training.progress import Stopwatch
-from mmrec.training.run import RunFolder, differing_fields, read_config
+from mmrec.training.progress import Stopwatch, bar_fields, memory_gib
+from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
 from mmrec.training.schedules import warmup_cosine
+from mmrec.training.stopping import StopSignals, exit_status, stop_message
 
 # --- config ------------------------------------------------------------------------------------
 
@@ -111,8 +121,12 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     trackers: tuple[str, ...] = ()
     """Names of Accelerate trackers to log to as well, such as tensorboard or wandb."""
+    max_loss_ratio: float = 0.0
+    """Stop at a loss so many times the median of the last 100 batches; 0 stops at NaN and infinity alone."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`, or start if there is none."""
+    accept_changes: bool = False
+    """Resume with another learning rate, warm-up or clip norm than the run began with."""
     seed: int = 0
     """Starts the weights; the order of the data has a seed of its own in `sampler`."""
 
@@ -190,8 +204,10 @@ def parse(arguments: list[str]) -> TrainConfig:
 # Where and how fast may change on resume; what is learned may not.
 FREE_ON_RESUME = (
     *("shards", "out", "resume", "num_workers", "cpu_threads"),
-    *("trackers", "log_every", "keep_checkpoints"),
+    *("trackers", "log_every", "keep_checkpoints", "max_loss_ratio", "accept_changes"),
 )
+# What may have made a loss explode; with --accept-changes these may differ as well.
+MENDABLE = tuple(f"optimizer.{name} " for name in ("learning_rate", "warmup", "clip_norm"))
 
 
 def check(config: TrainConfig) -> Path | None:
@@ -199,7 +215,7 @@ def check(config: TrainConfig) -> Path | None:
     positive = ("epochs", "num_frames", "num_images", "accumulation", "log_every")
     positive += ("checkpoint_every", "keep_checkpoints")
     limits = {name: (getattr(config, name), 1) for name in positive}
-    for name in ("num_workers", "cpu_threads", "eval_every", "seed"):
+    for name in ("num_workers", "cpu_threads", "eval_every", "seed", "max_loss_ratio"):
         limits[name] = (getattr(config, name), 0)
     limits["encoder.num_frames"] = (config.encoder.num_frames, 1)
     for name in ("early_size", "late_size"):
@@ -236,6 +252,8 @@ def check(config: TrainConfig) -> Path | None:
     earlier = read_config(config.out / "config.json", TrainConfig)
     free = {name: getattr(config, name) for name in FREE_ON_RESUME}
     changed = differing_fields(replace(earlier, **free), config)
+    if config.accept_changes:
+        changed = [field for field in changed if not field.startswith(MENDABLE)]
     if changed:
         raise UserError(f"{config.out}: cannot resume with another config: {'; '.join(changed)}")
     shards = read_manifest(config.shards, "shards").fingerprint
@@ -278,6 +296,11 @@ def main(config: TrainConfig) -> None:
         # A batch may hold no title at all, and then the text tower has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if config.sampler.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--sampler.batch-size {config.sampler.batch_size} cannot be cut into "
+            f"{accelerator.num_processes} equal parts; give a multiple of the number of processes"
+        )
     set_seed(config.seed)
     if accelerator.device.type == "cpu":
         # accelerate launch gives a process one thread unless OMP_NUM_THREADS says otherwise.
@@ -318,6 +341,11 @@ def main(config: TrainConfig) -> None:
     tune(encoder, config.tuning)
     tokenizer = encoder.tokenizer
     optimizer = build_optimizer(encoder, config.optimizer)
+    peak = None
+    if accelerator.device.type == "cuda":
+        half = accelerator.mixed_precision != "no"
+        peak = peak_flops(torch.cuda.get_device_name(accelerator.device), half=half)
+    flops = FlopCount(encoder) if peak else None
     model, optimizer = accelerator.prepare(encoder, optimizer)
     average = AveragedEncoder(encoder, config.ema) if config.ema is not None else None
     if average:
@@ -327,7 +355,8 @@ def main(config: TrainConfig) -> None:
     progress = Progress(shards=shards.fingerprint)
     if checkpoint:
         progress = read_progress(checkpoint)
-        accelerator.load_state(str(checkpoint))
+        restore_checkpoint(accelerator, checkpoint, seed=config.seed)
+    progress = replace(progress, world_size=accelerator.num_processes)
     run = None
     if accelerator.is_main_process:
         run = RunFolder(config.out, config, from_step=progress.step if checkpoint else None)
@@ -395,7 +424,8 @@ def main(config: TrainConfig) -> None:
         if run:
             run.log(row)
         if config.trackers:
-            accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            named = {n if "/" in n else f"train/{n}": v for n, v in row.items() if n != "step"}
+            accelerator.log(named, step=row["step"])
 
     def evaluate(progress: Progress) -> Progress:
         """Measure retrieval on the val split and export the encoder if it is the best so far."""
@@ -414,66 +444,110 @@ def main(config: TrainConfig) -> None:
         # Equal is better: of two that score the same, the one that has learned longer.
         better = value is not None and (progress.best is None or value >= progress.best)
         if better or (value is None and progress.step == total_steps):
-            if accelerator.is_main_process:
-                parent = parent_of(config.out / "encoder", config.shards, "shards")
-                exported.save(config.out / "encoder", parents=[parent], overwrite=True)
+            with saving(config.out):
+                if accelerator.is_main_process:
+                    parent = parent_of(config.out / "encoder", config.shards, "shards")
+                    exported.save(config.out / "encoder", parents=[parent], overwrite=True)
             progress = replace(progress, best=value, best_step=progress.step)
+        if run:
+            run.draw()
         accelerator.wait_for_everyone()
-        return progress
+        return replace(progress, evaluated_step=progress.step)
 
     # --- loop ----------------------------------------------------------------------------------
     bar = tqdm(
         total=total_steps, initial=progress.step, desc="train", unit="step", disable=run is None
     )
-    started = time.perf_counter() - progress.seconds
-    if not checkpoint:
-        progress = evaluate(progress)
-    model.train()
-    watch = Stopwatch()
-    micro = progress.epoch * batches.steps_per_epoch + progress.batch
-    for batch in watch.waiting(loader):
-        if progress.step == total_steps:
-            break
-        losses = train_on(batch, progress.step)
-        watch.add(len(batch) * accelerator.num_processes)
-        micro += 1
-        if micro % config.accumulation:
-            continue
-        epoch, place = divmod(micro, batches.steps_per_epoch)
-        seconds = time.perf_counter() - started
-        progress = replace(
-            progress, step=progress.step + 1, epoch=epoch, batch=place, seconds=seconds
+    agreement = Agreement()
+    on_cpu = accelerator.device.type == "cpu"
+    faults = FaultWatch(
+        max_loss_ratio=config.max_loss_ratio, check_norms=accelerator.scaler is None
+    )
+    last_checkpoint = checkpoint
+
+    def check_losses() -> None:
+        stop_at_fault(
+            faults,
+            agreement,
+            run=config.out,
+            content_ids=train.content_ids,
+            last_checkpoint=last_checkpoint,
         )
-        bar.update()
-        if progress.step % config.log_every == 0 or progress.step == total_steps:
-            means = {name: accelerator.reduce(v.detach(), "mean") for name, v in losses.items()}
-            row = {name: float(value) for name, value in means.items()}  # pyright: ignore
-            row |= {
-                "lr": optimizer.param_groups[0]["lr"],
-                "scale": float(encoder.scale.detach()),
-                **watch.report(),
-            }
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {row['loss']} at step {progress.step}, samples {batch.samples.tolist()}"
-                )
-            record({"step": progress.step, "epoch": micro / batches.steps_per_epoch, **row})
-            bar.set_postfix(
-                {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_s']:.0f}"}
+
+    def save(progress: Progress) -> Path:
+        if agreement.largest(not weights_are_finite(model)):
+            raise UserError(
+                f"step {progress.step}: a weight is NaN or infinite, so nothing was saved; the last good "
+                f"checkpoint is {last_checkpoint or 'none yet'}; --resume goes on from there"
             )
-        if progress.step % eval_every == 0 or progress.step == total_steps:
+        return save_checkpoint(accelerator, config.out, progress, keep=config.keep_checkpoints)
+
+    started = time.perf_counter() - progress.seconds
+    micro = progress.epoch * batches.steps_per_epoch + progress.batch
+    stop = 0
+    with bar, StopSignals(announce=run is not None) as signals:
+        # At the start, and where a run was stopped between a step and its evaluation.
+        if progress.step % eval_every == 0 and progress.evaluated_step != progress.step:
             progress = evaluate(progress)
-            model.train()
-            watch.report()
-        if progress.step % config.checkpoint_every == 0 or progress.step == total_steps:
-            save_checkpoint(accelerator, config.out, progress, keep=config.keep_checkpoints)
-    bar.close()
+        model.train()
+        watch = Stopwatch(peak_flops=peak and peak * accelerator.num_processes)
+        for batch in watch.waiting(loader):
+            if progress.step == total_steps:
+                break
+            epoch, place = divmod(micro, batches.steps_per_epoch)
+            losses = train_on(batch, progress.step)
+            # Copied: a loader's batch lies in memory that the next ones need.
+            samples = batch.samples.clone()
+            faults.add(losses, step=progress.step + 1, epoch=epoch, batch=place, samples=samples)
+            of_ranks = accelerator.num_processes
+            watch.add(len(batch) * of_ranks, flops.of_step(batch) * of_ranks if flops else 0.0)
+            micro += 1
+            if micro % config.accumulation:
+                continue
+            epoch, place = divmod(micro, batches.steps_per_epoch)
+            seconds = time.perf_counter() - started
+            progress = replace(
+                progress, step=progress.step + 1, epoch=epoch, batch=place, seconds=seconds
+            )
+            bar.update()
+            ended = progress.step == total_steps
+            logs = progress.step % config.log_every == 0 or ended
+            evaluates = progress.step % eval_every == 0 or ended
+            saves = progress.step % config.checkpoint_every == 0 or ended
+            stop = 0 if ended else agreement.largest(signals.received)
+            # A GPU is asked for its numbers only now and then: to look is to wait for it.
+            if on_cpu or logs or evaluates or saves or stop:
+                check_losses()
+            if logs:
+                means = {n: accelerator.reduce(v.detach(), "mean") for n, v in losses.items()}
+                row = {name: float(value) for name, value in means.items()}  # pyright: ignore
+                row |= {
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "scale": float(encoder.scale.detach()),
+                    **watch.report(),
+                    "memory_gib": memory_gib(accelerator.device),
+                }
+                record({"step": progress.step, "epoch": micro / batches.steps_per_epoch, **row})
+                bar.set_postfix(bar_fields(row))
+            if evaluates and not stop:
+                progress = evaluate(progress)
+                model.train()
+                watch.report()
+            if saves or stop:
+                last_checkpoint = save(progress)
+            if stop:
+                break
+    if stop:
+        if run:
+            run.draw()
+            print(stop_message(stop, config.out), file=sys.stderr)
+        accelerator.end_training()
+        raise SystemExit(exit_status(stop))
 
     # --- save ----------------------------------------------------------------------------------
     if run:
         finish(config, progress, total_batches * config.sampler.batch_size)
-    if config.trackers:
-        accelerator.end_training()
+    accelerator.end_training()
 
 
 def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
@@ -499,6 +573,7 @@ def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
     best = "there is no val split, so the last encoder was kept"
     if progress.best is not None:
         best = f"best val {config.best_metric} {progress.best:.3f} at step {progress.best_step}"
+    print("\n".join(summarize_curves(read_metrics(config.out))))
     print(f"trained {progress.step} steps in {minutes:.1f} min; {best}")
     print(f"encoder: {config.out / 'encoder'}")
 

@@ -1,17 +1,23 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
 Accelerate writes model, optimizer, scaler and random states; the place in the data is two integers.
-A checkpoint is written under a temporary name and renamed when whole, and only then are older ones
-removed.
+A checkpoint is written under a temporary name, flushed to the disk and renamed when whole, and only
+then are older ones removed: a full disk or a kill costs the new one alone.
 """
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import SafetensorError
 
+from mmrec import distributed
 from mmrec.errors import UserError
 
 
@@ -28,31 +34,107 @@ class Progress:
     """The best value of the metric that picks the exported encoder."""
     best_step: int = 0
     """The step of that encoder."""
+    evaluated_step: int = -1
+    """The step of the last evaluation: a run that stops before one makes up for it when it goes on."""
     seconds: float = 0.0
     """Time spent so far, over all resumes."""
     shards: str = ""
     """Fingerprint of the shards that the run reads."""
+    world_size: int = 1
+    """Ranks of the run when this was written."""
 
 
 def save_checkpoint(accelerator: Accelerator, run: Path, progress: Progress, *, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`; every rank calls this."""
+    """Write a checkpoint and remove all but the newest `keep`; every rank calls this.
+
+    Raises `UserError` on every rank when the disk is full; what was there before stays.
+    """
     folder = run / "checkpoints"
     name = f"step-{progress.step:08d}"
     temporary, final = folder / f".{name}.tmp", folder / name
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    with saving(run, temporary):
+        if accelerator.is_main_process:
+            for leftover in folder.glob(".step-*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+    with saving(run, temporary):
+        accelerator.save_state(str(temporary))
+    with saving(run, temporary):
+        if accelerator.is_main_process:
+            text = json.dumps(asdict(progress))
+            (temporary / "progress.json").write_text(text, encoding="utf-8")
+            _flush(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _flush(folder, inside=False)
+            for old in list_checkpoints(run)[:-keep]:
+                shutil.rmtree(old)
     return final
+
+
+def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, *, seed: int) -> None:
+    """Load a checkpoint; every rank calls this.
+
+    The weights, the optimizer and the batches to come do not depend on the number of ranks. Draws
+    inside the model (dropout) do: a rank that the checkpoint knows nothing of starts a stream of its own.
+    """
+    accelerator.load_state(str(checkpoint))
+    rank = distributed.rank()
+    if not (checkpoint / f"random_states_{rank}.pkl").exists():
+        set_seed(seed + rank)
+
+
+@contextmanager
+def saving(run: Path, temporary: Path | None = None) -> Iterator[None]:
+    """What is done inside may meet a full disk on any rank; then all of them stop, and `temporary` goes.
+
+    Raises `UserError` that names the last whole checkpoint, on every rank.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = _disk_problem(error)
+        if problem is None:
+            raise
+    except BaseException as error:  # torch.distributed.checkpoint's exception is no Exception
+        failures = getattr(error, "failures", None)
+        if failures is None:
+            raise
+        problem = next(filter(None, (_disk_problem(f[0]) for f in failures.values())), None)
+        if problem is None:
+            raise
+    problems = [found for found in distributed.gather_objects(problem) if found]
+    if not problems:
+        return
+    if temporary is not None and distributed.rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    last = (list_checkpoints(run) or ["none yet"])[-1]
+    raise UserError(
+        f"{run}: cannot be written ({problems[0]}); the last whole checkpoint is {last}; make room, "
+        "then go on with --resume"
+    )
+
+
+def _disk_problem(error: BaseException) -> str | None:
+    """In a few words what a writer met, if it was the disk: each library has an exception of its own."""
+    text = " ".join(str(error).split())
+    wrapped = isinstance(error, RuntimeError) and (
+        "PytorchStreamWriter" in text or "unexpected pos" in text or "No space left" in text
+    )
+    if isinstance(error, (OSError, SafetensorError)) or wrapped:
+        return text[:120]
+    return None
+
+
+def _flush(folder: Path, *, inside: bool = True) -> None:
+    """Have the disk hold a folder's names, and what lies inside it."""
+    for path in [*(folder.rglob("*") if inside else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

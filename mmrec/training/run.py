@@ -2,20 +2,27 @@
 
 <run>/config.json      every setting; a run can be started from it
 <run>/metrics.jsonl    one JSON object a line: training steps and evaluations
+<run>/curves.png       the same as a picture (curves.py)
+<run>/bad_batch.json   the batch at which a run failed, if it did (faults.py)
 <run>/checkpoints/     where to go on from (checkpoints.py)
 <run>/encoder/         the best encoder so far
 <run>/manifest.json    written when the run is finished
 """
 
 import json
+import os
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmrec.errors import UserError
+from mmrec.manifest import write_whole
+from mmrec.training.curves import draw_curves
 
 Config = TypeVar("Config")
 
@@ -32,16 +39,38 @@ class RunFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(config), indent=2, default=str)
-        (path / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(path / "config.json", text + "\n")
         self.metrics_path = path / "metrics.jsonl"
         kept = [] if from_step is None else read_metrics(path)
         lines = [json.dumps(row) for row in kept if row["step"] <= (from_step or 0)]
-        self.metrics_path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_whole(self.metrics_path, "".join(line + "\n" for line in lines))
+        self._warned = False
 
     def log(self, row: Mapping[str, float | int]) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one line to metrics.jsonl, whole or not at all: a full disk is warned of, once."""
+        with self._going_on():
+            size = self.metrics_path.stat().st_size
+            try:
+                with open(self.metrics_path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError:
+                os.truncate(self.metrics_path, size)
+                raise
+
+    def draw(self) -> None:
+        """Draw curves.png anew from metrics.jsonl; a full disk is warned of, once."""
+        with self._going_on():
+            draw_curves(read_metrics(self.path), self.path / "curves.png")
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        # What a person watches is not worth the run.
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {error}; training goes on without it", file=sys.stderr)
+            self._warned = True
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
