@@ -104,6 +104,16 @@ def trained(tiny_shards: Path) -> Path:
     return out
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state in singletons; runs in one process start from none."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 @pytest.fixture(scope="session")
 def index(trained: Path, tiny_shards: Path) -> Path:
     """An index of the tiny catalogue, built by the command line's own functions."""

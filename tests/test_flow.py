@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, load_program, run
 
 from mmrec import cli
@@ -127,14 +126,6 @@ def test_inspect_tells_the_chain(index: Path, capsys: pytest.CaptureFixture[str]
 
 
 # --- resume ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate keeps its state in singletons; runs in one process start from none."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:

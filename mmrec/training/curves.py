@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mmrec.data.storage import write_bytes_whole
 
 Rows = Sequence[Mapping[str, Any]]
+Number = int | float
 
 _MEASURES = ("lr", "scale", "gradient_norm", "samples_per_s", "data_wait", "memory_gib", "mfu")
 _NOT_DRAWN = ("step", "epoch")
@@ -63,9 +64,11 @@ def summarize_curves(rows: Rows) -> list[str]:
     ]
 
 
-def sparkline(values: Sequence[float] | np.ndarray, width: int = 24) -> str:
+def sparkline(values: Sequence[Number] | np.ndarray, width: int = 24) -> str:
     """Numbers as a row of `width` bars between their least and their largest; a dot where none is finite."""
     array = np.asarray(values, float)
+    if not len(array):
+        return ""
     parts = np.array_split(array, min(width, len(array)))
     means = np.array([_finite_mean(part) for part in parts])
     known = means[np.isfinite(means)]
@@ -106,7 +109,7 @@ def _panels(rows: Rows) -> dict[str, list[_Curve]]:
 
 
 def _curve(rows: Rows, name: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[name]) for row in rows if name in row]
+    return [(float(row["step"]), float(row[name])) for row in rows if name in row]
 
 
 def _points(rows: Rows, name: str) -> _Curve:
@@ -122,7 +125,7 @@ def _draw_panel(
     curves: Sequence[_Curve],
     corner: tuple[int, int],
     *,
-    last_step: float,
+    last_step: Number,
 ) -> None:
     left, top = corner[0] + _LEFT, corner[1] + _TOP
     right, bottom = corner[0] + _WIDTH - _RIGHT, corner[1] + _HEIGHT - _BOTTOM
@@ -147,7 +150,7 @@ def _draw_panel(
 
 
 def _draw_names(
-    draw: ImageDraw.ImageDraw, curves: Sequence[_Curve], right: float, y: float
+    draw: ImageDraw.ImageDraw, curves: Sequence[_Curve], right: Number, y: Number
 ) -> None:
     """Names of several curves in their colors, right-aligned above the panel."""
     if len(curves) < 2:
@@ -158,7 +161,7 @@ def _draw_names(
         right -= _font(12).getlength(name) / _SCALE + 14
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: Number, high: Number) -> list[float]:
     """Three to six round numbers that enclose a range."""
     span = max(high - low, abs(high) * 1e-3, 1e-9)
     raw = span / 4
@@ -168,12 +171,12 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def _short(value: float) -> str:
+def _short(value: Number) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _line(
-    draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color: str, width: int
+    draw: ImageDraw.ImageDraw, points: list[tuple[Number, Number]], color: str, width: int
 ) -> None:
     scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
     if len(scaled) == 1:
@@ -184,7 +187,7 @@ def _line(
 
 def _text(
     draw: ImageDraw.ImageDraw,
-    place: tuple[float, float],
+    place: tuple[Number, Number],
     text: str,
     size: int,
     color: str,

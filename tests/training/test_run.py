@@ -1,15 +1,14 @@
-"""Schedules, run folders, stopwatches: the small pieces that the training loops share."""
+"""Schedules and run folders: the small pieces that the training loops share."""
 
 import json
 import math
-import time
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from mmrec.errors import UserError
-from mmrec.training.progress import Stopwatch
 from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
 from mmrec.training.schedules import warmup_cosine
 
@@ -68,16 +67,24 @@ def test_resuming_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> N
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
 
 
-def test_the_stopwatch_tells_waiting_from_working() -> None:
-    def slow_batches():
-        for number in range(3):
-            time.sleep(0.05)
-            yield number
-
-    watch = Stopwatch()
-    for _ in watch.waiting(slow_batches()):
-        time.sleep(0.02)
-        watch.add(10)
-    report = watch.report()
-    assert 0.5 < report["data_wait"] < 0.95
-    assert report["samples_per_s"] == pytest.approx(30 / 0.21, rel=0.3)
+def test_a_full_disk_leaves_whole_lines_and_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path, Outer(folder=Path("a")), from_step=None)
+    run.log({"step": 1, "loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for a few bytes more: the next line breaks off in its middle.
+    size = run.metrics_path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+    try:
+        run.log({"step": 2, "loss": 1.0})
+        run.log({"step": 3, "loss": 1.0})
+        run.draw()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.log({"step": 4, "loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4]
+    assert capsys.readouterr().err.count("training goes on without it") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+    run.draw()
+    assert (tmp_path / "curves.png").exists()

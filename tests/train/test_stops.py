@@ -1,0 +1,231 @@
+"""Runs that end before their end: by a signal, a bad loss, or a full disk; and how they go on."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import load_program
+from safetensors.torch import load_file
+
+from mmrec.errors import UserError
+from mmrec.training.checkpoints import list_checkpoints, read_progress
+from mmrec.training.run import read_metrics
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture
+def program() -> ModuleType:
+    return load_program("train/contrastive.py")
+
+
+@pytest.fixture
+def config(program: ModuleType, tiny_shards: Path, tmp_path: Path) -> Any:
+    """Six steps, evaluated after the third and the sixth."""
+    recipe = program.RECIPES["demo"]
+    return replace(
+        recipe,
+        shards=tiny_shards,
+        out=tmp_path / "run",
+        encoder=replace(recipe.encoder, image_size=32),
+        sampler=replace(recipe.sampler, batch_size=8),
+        epochs=2,
+        eval_every=3,
+        num_workers=0,
+        log_every=1,
+        checkpoint_every=2,
+        keep_checkpoints=99,
+    )
+
+
+def steps_of(run: Path) -> list[str]:
+    return [checkpoint.name for checkpoint in list_checkpoints(run)]
+
+
+def learned(run: Path) -> list[dict[str, float]]:
+    """What a run logged that does not depend on the clock."""
+    timed = ("samples_per_s", "data_wait", "memory_gib")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run)]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(run)[-1] / "model.safetensors")
+
+
+def at_call(number: int, act: Callable[[], None], function: Callable) -> Callable:
+    """The same function, which does something else as well as it is called for the nth time."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_a_signal_saves_and_the_resumed_run_ends_as_an_unbroken_one(
+    program: ModuleType,
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = replace(config, out=config.out.with_name("whole"))
+    program.main(whole)
+    with monkeypatch.context() as patched:
+        # In the third step: the evaluation that is due after it is left for the resumed run.
+        stop = at_call(3, lambda: os.kill(os.getpid(), signal.SIGTERM), program.contrastive_loss)
+        patched.setattr(program, "contrastive_loss", stop)
+        with pytest.raises(SystemExit) as ended:
+            program.main(config)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert steps_of(config.out) == ["step-00000002", "step-00000003"]
+    assert read_progress(list_checkpoints(config.out)[-1]).evaluated_step == 0
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM" in said
+    assert f"{config.out / 'config.json'} --resume" in said
+    assert (config.out / "curves.png").exists()
+    # The command that it names.
+    program.main(program.parse([str(config.out / "config.json"), "--resume"]))
+    assert learned(config.out) == learned(whole.out)
+    ends = weights_of(config.out), weights_of(whole.out)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+def test_a_nan_stops_the_run_names_its_batch_and_saves_nothing_bad(
+    program: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch, tiny_shards: Path
+) -> None:
+    healthy = program.contrastive_loss
+    seen: list[list[int]] = []
+
+    def loss(views: Any, batch: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        losses = healthy(views, batch, *rest)
+        seen.append(batch.samples.tolist())
+        return losses | ({"loss": losses["loss"] * math.nan} if len(seen) == 4 else {})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "contrastive_loss", loss)
+        expected = r"step 4: loss is nan; .*bad_batch\.json.*step-00000002"
+        with pytest.raises(UserError, match=expected):
+            program.main(config)
+    assert len(seen) == 4  # It stopped with the bad step.
+    bad = json.loads((config.out / "bad_batch.json").read_text())
+    assert (bad["step"], bad["epoch"], bad["batch"]) == (4, 1, 0)
+    assert bad["samples"] == seen[-1]
+    ids = program.open_shards(tiny_shards, "contents", "train").content_ids
+    assert bad["content_ids"] == [ids[i] for i in seen[-1]]
+    assert steps_of(config.out) == ["step-00000002"]
+    assert all(part.isfinite().all() for part in weights_of(config.out).values())
+    # A lower rate needs a word; then it goes on from the good checkpoint.
+    slower = replace(config.optimizer, learning_rate=1e-4)
+    mended = replace(config, resume=True, optimizer=slower)
+    with pytest.raises(UserError, match=r"another config: optimizer\.learning_rate"):
+        program.main(mended)
+    program.main(replace(mended, accept_changes=True))
+    assert steps_of(config.out)[-1] == "step-00000006"
+    steps = [row for row in read_metrics(config.out) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 7))
+    assert steps[-1]["lr"] < 1e-4
+
+
+def test_a_bad_weight_is_not_saved_even_if_the_loss_was_finite(
+    program: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "weights_are_finite", lambda model: False)
+    with pytest.raises(UserError, match=r"step 2: a weight is NaN or infinite.*none yet"):
+        program.main(config)
+    assert steps_of(config.out) == []
+
+
+# Too small for weights, large enough for all that is written before them.
+_FEW_BYTES = 300_000
+
+
+def full_disk(function: Callable, number: int) -> Callable:
+    """The same function, whose nth call finds room for small files alone."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if calls == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_FEW_BYTES, limits[1]))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return wrapped
+
+
+def test_a_full_disk_costs_the_new_checkpoint_alone(
+    program: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, keep_checkpoints=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "save_checkpoint", full_disk(program.save_checkpoint, 2))
+        with pytest.raises(UserError, match=r"cannot be written .*step-00000002; make room"):
+            program.main(config)
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-00000002"]
+    before = weights_of(config.out)
+    assert len(before) > 10
+    program.main(replace(config, resume=True))
+    assert steps_of(config.out) == ["step-00000006"]
+    assert not torch.equal(before["log_scale"], weights_of(config.out)["log_scale"])
+
+
+def test_a_full_disk_keeps_the_encoder_that_was_there(
+    program: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(program.Encoder, "save", full_disk(program.Encoder.save, 2))
+        # Equal is better, so that each evaluation exports.
+        patched.setattr(program, "measure", lambda *_, **__: {"MRR": 0.5})
+        with pytest.raises(UserError, match=r"cannot be written .*step-00000002"):
+            program.main(config)
+    assert program.Encoder.load(config.out / "encoder").width == 128
+    assert {path.name for path in config.out.iterdir()} == {
+        *("config.json", "metrics.jsonl", "curves.png", "checkpoints", "encoder")
+    }
+    program.main(replace(config, resume=True))
+    assert (config.out / "manifest.json").exists()
+
+
+def test_what_a_kill_left_half_written_is_swept_away(program: ModuleType, config: Any) -> None:
+    half = config.out / "checkpoints" / ".step-00000009.tmp"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    program.main(replace(config, epochs=1))
+    assert [p.name for p in sorted((config.out / "checkpoints").iterdir())] == [
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
+    program: ModuleType, config: Any
+) -> None:
+    program.main(replace(config, epochs=1))
+    broken = config.out.with_name("broken")
+    shutil.copytree(config.out, broken)
+    for checkpoint in list_checkpoints(broken):
+        if checkpoint.name != "step-00000002":
+            shutil.rmtree(checkpoint)
+        else:
+            (checkpoint / "random_states_0.pkl").unlink()
+    program.main(replace(config, epochs=1, out=broken, resume=True))
+    assert steps_of(broken)[-1] == "step-00000003"
+    assert learned(broken)[-2:] == learned(config.out)[-2:]
