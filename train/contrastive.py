@@ -73,6 +73,7 @@ from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_lear
 from mmrec.training.progress import Stopwatch, bar_fields, memory_gib
 from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
 from mmrec.training.schedules import warmup_cosine
+from mmrec.training.sharding import make_shardable, scale_of, whole_encoder
 from mmrec.training.stopping import StopSignals, exit_status, stop_message
 
 # --- config ------------------------------------------------------------------------------------
@@ -339,6 +340,7 @@ def main(config: TrainConfig) -> None:
     encoder = Encoder(config.encoder)
     check_sizes(encoder, config)
     tune(encoder, config.tuning)
+    make_shardable(encoder, accelerator)
     tokenizer = encoder.tokenizer
     optimizer = build_optimizer(encoder, config.optimizer)
     peak = None
@@ -430,10 +432,11 @@ def main(config: TrainConfig) -> None:
     def evaluate(progress: Progress) -> Progress:
         """Measure retrieval on the val split and export the encoder if it is the best so far."""
         value = None
+        whole = whole_encoder(exported)
         if gallery:
             # Ranks see other rows, and so have other batch statistics; the first one's are exported.
-            broadcast_buffers(exported)
-            metrics = measure(exported, gallery, num_workers=config.num_workers)
+            broadcast_buffers(whole)
+            metrics = measure(whole, gallery, num_workers=config.num_workers)
             value = metrics[config.best_metric]
             record({"step": progress.step, **{f"val/{name}": v for name, v in metrics.items()}})
             bar.write(
@@ -447,7 +450,7 @@ def main(config: TrainConfig) -> None:
             with saving(config.out):
                 if accelerator.is_main_process:
                     parent = parent_of(config.out / "encoder", config.shards, "shards")
-                    exported.save(config.out / "encoder", parents=[parent], overwrite=True)
+                    whole.save(config.out / "encoder", parents=[parent], overwrite=True)
             progress = replace(progress, best=value, best_step=progress.step)
         if run:
             run.draw()
@@ -523,7 +526,7 @@ def main(config: TrainConfig) -> None:
                 row = {name: float(value) for name, value in means.items()}  # pyright: ignore
                 row |= {
                     "lr": optimizer.param_groups[0]["lr"],
-                    "scale": float(encoder.scale.detach()),
+                    "scale": scale_of(encoder),
                     **watch.report(),
                     "memory_gib": memory_gib(accelerator.device),
                 }

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import normalize
 
 from mmrec.data.batches import ItemBatch, PairBatch, Preprocess, Tokenizer, normalise_pixels
@@ -151,7 +152,7 @@ class Encoder(nn.Module):
     @property
     def scale(self) -> Float[Tensor, ""]:
         """The learned scale of similarities: an inverse temperature."""
-        return self.log_scale.exp()
+        return self.log_scale.exp().reshape(())
 
     @torch.no_grad()
     def cap_scale(self) -> None:
@@ -232,6 +233,9 @@ class Encoder(nn.Module):
         assert tower is not None
         if len(rows):
             return tower(rows)
+        if isinstance(self, FSDPModule):
+            # Ranks gather a tower's weights together, so one that has no row runs it on a blank.
+            return tower(rows.new_zeros(1, *rows.shape[1:]))[:0]
         # Part of the graph all the same: a rank without titles must still join in gathering gradients.
         learned = next((part for part in tower.parameters() if part.requires_grad), None)
         zeros = torch.zeros(0, self.width, device=self.device)

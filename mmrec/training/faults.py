@@ -151,8 +151,8 @@ def _to_json(fault: Fault, samples: Sequence[int], content_ids: Sequence[str]) -
 
 @torch.no_grad()
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether no weight or buffer of this rank is NaN or infinite."""
-    parts = [p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()]
+    """Whether nothing that a checkpoint would hold of this rank's model is NaN or infinite."""
+    parts = [part for part in model.state_dict().values() if part.is_floating_point()]
     # The sum of a tensor is finite only if all of it is: one pass, one number to transfer.
-    sums = [getattr(p, "_local_tensor", p).float().sum() for p in parts]
+    sums = [getattr(part, "_local_tensor", part).float().sum() for part in parts]
     return bool(torch.stack(sums).isfinite().all())
