@@ -73,7 +73,7 @@ from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_lear
 from mmrec.training.progress import Stopwatch, bar_fields, memory_gib
 from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
 from mmrec.training.schedules import warmup_cosine
-from mmrec.training.sharding import make_shardable, scale_of, whole_encoder
+from mmrec.training.sharding import make_shardable, scale_of, whole_encoder, whole_tensor
 from mmrec.training.stopping import StopSignals, exit_status, stop_message
 
 # --- config ------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def main(config: TrainConfig) -> None:
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-                losses["gradient_norm"] = torch.as_tensor(norm)
+                losses["gradient_norm"] = whole_tensor(torch.as_tensor(norm))
             optimizer.step()
             optimizer.zero_grad()
         encoder.cap_scale()
@@ -439,11 +439,9 @@ def main(config: TrainConfig) -> None:
             metrics = measure(whole, gallery, num_workers=config.num_workers)
             value = metrics[config.best_metric]
             record({"step": progress.step, **{f"val/{name}": v for name, v in metrics.items()}})
-            bar.write(
-                f"step {progress.step}: val "
-                + "  ".join(f"{name} {v:.3f}" for name, v in metrics.items()),
-                file=sys.stderr,
-            )
+            if run:
+                shown = "  ".join(f"{name} {v:.3f}" for name, v in metrics.items())
+                bar.write(f"step {progress.step}: val {shown}", file=sys.stderr)
         # Equal is better: of two that score the same, the one that has learned longer.
         better = value is not None and (progress.best is None or value >= progress.best)
         if better or (value is None and progress.step == total_steps):

@@ -152,7 +152,8 @@ class Encoder(nn.Module):
     @property
     def scale(self) -> Float[Tensor, ""]:
         """The learned scale of similarities: an inverse temperature."""
-        return self.log_scale.exp().reshape(())
+        # FSDP2 gives it a dimension of one, which this takes away again.
+        return self.log_scale.exp().sum()
 
     @torch.no_grad()
     def cap_scale(self) -> None:

@@ -122,7 +122,8 @@ def stop_at_fault(
     if not agreement.largest(0 if fault is None else 1):
         return
     parts = [part for part in distributed.gather_objects(fault) if part is not None]
-    first = min(parts, key=lambda part: (part.epoch, part.batch))
+    # A loss that is bad on one rank makes the gradients of all bad: the loss is the better reason.
+    first = min(parts, key=lambda p: (p.epoch, p.batch, p.reason.startswith("gradient")))
     if distributed.rank() == 0:
         samples = [i for p in parts if p.step == first.step for i in p.samples]
         write_whole(run / BAD_BATCH, _to_json(first, samples, content_ids))

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from mmrec.model.encoder import Encoder
 
@@ -43,6 +44,9 @@ def whole_encoder(encoder: Encoder) -> Encoder:
 @torch.no_grad()
 def scale_of(encoder: Encoder) -> float:
     """The learned scale of similarities; every rank calls this."""
-    log_scale: Any = encoder.log_scale
-    whole: Tensor = log_scale.full_tensor() if isinstance(encoder, FSDPModule) else log_scale
-    return float(whole.exp())
+    return float(whole_tensor(encoder.log_scale).exp())
+
+
+def whole_tensor(part: Tensor) -> Tensor:
+    """A tensor that may be cut among the ranks, whole; every rank calls this."""
+    return part.full_tensor() if isinstance(part, DTensor) else part

@@ -1,0 +1,147 @@
+"""Real runs of two processes on a CPU: DDP and FSDP2 beside one process over the same global batches."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import load_program, run
+
+from mmrec.errors import UserError
+from mmrec.model.encoder import Encoder
+from mmrec.training.checkpoints import list_checkpoints, read_progress
+from mmrec.training.run import read_metrics
+
+# Without batch normalization, which sees the rows of one rank alone.
+TOWERS = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+FSDP = {
+    "FSDP_ON_CPU": "1",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualAttentionBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def config(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Six steps of eight rows, a checkpoint after each third, one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "towers.json").write_text(json.dumps(TOWERS))
+    recipe = load_program("train/contrastive.py").RECIPES["demo"]
+    return replace(
+        recipe,
+        shards=tiny_shards,
+        out=folder / "whole",
+        encoder=replace(recipe.encoder, towers=str(folder / "towers.json")),
+        sampler=replace(recipe.sampler, batch_size=8),
+        optimizer=replace(recipe.optimizer, learning_rate=1e-3),
+        epochs=2,
+        num_workers=0,
+        log_every=1,
+        eval_every=6,
+        checkpoint_every=3,
+    )
+
+
+def train_here(config: Any) -> None:
+    load_program("train/contrastive.py").main(config)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def whole(config: Any) -> Path:
+    """The run that one process makes."""
+    train_here(config)
+    return config.out
+
+
+def train_on_ranks(
+    config: Any, out: Path, num_ranks: int, *flags: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the same config by torchrun."""
+    file = out.with_suffix(".json")
+    file.write_text(
+        json.dumps(json.loads((config.out / "config.json").read_text()) | {"out": str(out)})
+    )
+    return run(
+        Path(sys.executable).parent / "torchrun",
+        *("--standalone", "--nproc-per-node", str(num_ranks)),
+        *(Path(__file__).with_name("contrastive_on_ranks.py"), file, *flags),
+        OMP_NUM_THREADS="1",
+        ACCELERATE_USE_CPU="true",
+        **environment,
+    )
+
+
+def losses_of(run: Path) -> list[tuple[float, float, float]]:
+    rows = [row for row in read_metrics(run) if "loss" in row]
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows]
+
+
+def assert_same_training(run: Path, whole: Path) -> None:
+    """Losses, gradient norms and the exported weights agree to what another order of sums makes."""
+    for ours, theirs in zip(losses_of(run), losses_of(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    ends = [Encoder.load(folder / "encoder").state_dict() for folder in (run, whole)]
+    for name, expected in ends[1].items():
+        difference = (ends[0][name] - expected).abs()
+        assert difference.mean() < 2e-5, name
+
+
+def test_two_ranks_agree_to_stop_and_one_goes_on_where_they_were(config: Any, whole: Path) -> None:
+    out = config.out.with_name("stopped")
+    done = train_on_ranks(config, out, 2, STOP_RANK="1")
+    assert "stopped by SIGTERM" in done.stderr, done.stderr
+    assert "exitcode  : 143" in done.stderr
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000003"]
+    assert read_progress(list_checkpoints(out)[-1]).world_size == 2
+    train_here(replace(config, out=out, resume=True))
+    assert_same_training(out, whole)
+
+
+def test_fsdp2_trains_exports_and_resumes_on_another_number_of_ranks(
+    config: Any, whole: Path
+) -> None:
+    out = config.out.with_name("sharded")
+    done = train_on_ranks(config, out, 2, **FSDP)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(out, whole)
+    sizes = [path.stat().st_size for path in list_checkpoints(out)[-1].rglob("*.distcp")]
+    assert len(sizes) == 4  # Weights and optimizer, a part for each rank,
+    assert max(sizes[:2]) < 0.6 * sum(sizes[:2])  # of about half.
+    shutil.rmtree(list_checkpoints(out)[-1])
+    shutil.rmtree(out / "encoder")
+    done = train_on_ranks(config, out, 1, "--resume", **FSDP)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(out, whole)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_before_any_work(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = load_program("train/contrastive.py")
+    monkeypatch.setattr(program.Accelerator, "num_processes", 3)
+    out = config.out.with_name("refused")
+    with pytest.raises(UserError, match="batch-size 8 cannot be cut into 3 equal parts"):
+        program.main(replace(config, out=out))
+    assert not out.exists()
