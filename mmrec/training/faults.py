@@ -125,7 +125,7 @@ def stop_at_fault(
     # A loss that is bad on one rank makes the gradients of all bad: the loss is the better reason.
     first = min(parts, key=lambda p: (p.epoch, p.batch, p.reason.startswith("gradient")))
     if distributed.rank() == 0:
-        samples = [i for p in parts if p.step == first.step for i in p.samples]
+        samples = [i for p in parts if p.batch == first.batch for i in p.samples]
         write_whole(run / BAD_BATCH, _to_json(first, samples, content_ids))
     kept = last_checkpoint or "none yet"
     raise UserError(
