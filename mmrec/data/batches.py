@@ -5,6 +5,7 @@ letters: B samples, T frames or images, H W pixels, L tokens, M links of a conte
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -526,3 +527,8 @@ class _CollateItems:
 def _one_thread(worker: int) -> None:
     # Workers share the cores with the trainer; their tensor work is too small to gain from threads.
     torch.set_num_threads(1)
+    # Terminals and schedulers signal every process of a program. Workers end when it lets them go: it
+    # may still want a batch.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

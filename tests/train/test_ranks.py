@@ -105,6 +105,10 @@ def assert_same_training(run: Path, whole: Path) -> None:
     ends = [Encoder.load(folder / "encoder").state_dict() for folder in (run, whole)]
     for name, expected in ends[1].items():
         difference = (ends[0][name] - expected).abs()
+        if name.endswith("in_proj_bias"):
+            # A key's bias adds the same to all scores of a query: its gradient is nothing but
+            # rounding, of which Adam makes steps as large as any.
+            difference = difference.view(3, -1)[[0, 2]]
         assert difference.mean() < 2e-5, name
 
 

@@ -6,6 +6,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_program
+from conftest import ROOT, load_program
 from safetensors.torch import load_file
 
 from mmrec.errors import UserError
@@ -229,3 +232,31 @@ def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
     program.main(replace(config, epochs=1, out=broken, resume=True))
     assert steps_of(broken)[-1] == "step-00000003"
     assert learned(broken)[-2:] == learned(config.out)[-2:]
+
+
+def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> None:
+    """A terminal sends it to the whole group: to the trainer and to its loaders' processes."""
+    flags = (
+        "--encoder.image-size 32 --sampler.batch-size 8 --epochs 5000 --num-workers 2 --log-every 1"
+    )
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "train/contrastive.py", "demo", *flags.split()),
+            *("--shards", str(config.shards), "--out", str(config.out)),
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while len(read_metrics(config.out)) < 4 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "Traceback" not in errors
+    step = read_progress(list_checkpoints(config.out)[-1]).step
+    assert step == read_metrics(config.out)[-1]["step"] >= 3
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
