@@ -494,6 +494,7 @@ def _read_index(tar: Place) -> _Index:
     if isinstance(tar, Path):
         try:
             _check_size(tar, tar.stat().st_size, expected)
+            _check_headers(tar, table)
         except FileNotFoundError:
             raise UserError(f"{path}: is the index of {tar}, which is not there") from None
     return _Index(table, tar, expected)
@@ -506,6 +507,28 @@ def _check_size(tar: Place, found: int, expected: int) -> None:
             f"shards anew with data_prep/make_shards.py, or the index of a foreign tar with "
             f"`mmrec shards index`"
         )
+
+
+def _check_headers(tar: Path, table: pa.Table) -> None:
+    """Refuse an index that was made of another tar of the same size.
+
+    The block before a member's bytes is its header, so the first and the last sample's tell.
+    """
+    with open(tar, "rb") as file:
+        for row in {0, len(table) - 1} if len(table) else ():
+            offsets, sizes = table["offsets"][row].as_py(), table["sizes"][row].as_py()
+            for offset, size in list(zip(offsets, sizes, strict=True))[-1:]:
+                header = os.pread(file.fileno(), _BLOCK, offset - _BLOCK)
+                try:
+                    found = _TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").size
+                except tarfile.TarError:
+                    found = None
+                if found != size:
+                    raise UserError(
+                        f"{tar}: has no member of {size} bytes at byte {offset}, where its index has one; "
+                        "make the shards anew with data_prep/make_shards.py, or the index of a foreign tar "
+                        "with `mmrec shards index`"
+                    )
 
 
 def _position(names: list[str], name: str) -> int:

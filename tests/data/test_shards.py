@@ -279,6 +279,15 @@ def test_an_index_of_another_tar(folder, change):
         open_shards(folder, "contents", "train")
 
 
+def test_an_index_of_another_tar_of_the_same_size(folder):
+    path = shard_path(folder, "train", 0)
+    data = path.read_bytes()
+    # As if a small member had been put in front, and blocks taken from the tar's end.
+    path.write_bytes((bytes(1024) + data)[: len(data)])
+    with pytest.raises(UserError, match=r"train-000000\.tar: has no member of \d+ bytes at byte"):
+        open_shards(folder, "contents", "train")
+
+
 def test_a_tar_cut_after_it_was_opened(folder):
     reader = open_shards(folder, "contents", "train")
     path = shard_path(folder, "train", 2)
