@@ -475,13 +475,12 @@ def main(config: TrainConfig) -> None:
             last_checkpoint=last_checkpoint,
         )
 
-    def save(progress: Progress) -> Path:
-        if agreement.largest(not weights_are_finite(model)):
+    def check_weights() -> None:
+        if agreement.largest(int(not weights_are_finite(model))):
             raise UserError(
                 f"step {progress.step}: a weight is NaN or infinite, so nothing was saved; the last good "
                 f"checkpoint is {last_checkpoint or 'none yet'}; --resume goes on from there"
             )
-        return save_checkpoint(accelerator, config.out, progress, keep=config.keep_checkpoints)
 
     started = time.perf_counter() - progress.seconds
     micro = progress.epoch * batches.steps_per_epoch + progress.batch
@@ -519,6 +518,8 @@ def main(config: TrainConfig) -> None:
             # A GPU is asked for its numbers only now and then: to look is to wait for it.
             if on_cpu or logs or evaluates or saves or stop:
                 check_losses()
+            if evaluates or saves or stop:
+                check_weights()
             if logs:
                 means = {n: accelerator.reduce(v.detach(), "mean") for n, v in losses.items()}
                 row = {name: float(value) for name, value in means.items()}  # pyright: ignore
@@ -535,7 +536,9 @@ def main(config: TrainConfig) -> None:
                 model.train()
                 watch.report()
             if saves or stop:
-                last_checkpoint = save(progress)
+                last_checkpoint = save_checkpoint(
+                    accelerator, config.out, progress, keep=config.keep_checkpoints
+                )
             if stop:
                 break
     if stop:

@@ -1,0 +1,61 @@
+"""What a person watches: the bar, metrics.jsonl, a tracker, the picture, and the lines at the end."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import load_program
+from PIL import Image
+
+from mmrec.training.run import read_metrics
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_run_shows_how_it_goes(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    program = load_program("train/contrastive.py")
+    recipe = program.RECIPES["demo"]
+    out = tmp_path / "run"
+    program.main(
+        replace(
+            recipe,
+            shards=tiny_shards,
+            out=out,
+            encoder=replace(recipe.encoder, image_size=32),
+            sampler=replace(recipe.sampler, batch_size=8),
+            epochs=1,
+            num_workers=0,
+            log_every=1,
+            trackers=("tensorboard",),
+        )
+    )
+    steps = [row for row in read_metrics(out) if "loss" in row]
+    logged = {"step", "epoch", "loss", "content_product", "video_image", "gradient_norm", "lr"}
+    logged |= {"scale", "samples_per_s", "data_wait", "memory_gib"}
+    assert set(steps[0]) == logged
+    for row in steps:
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["loss"] == pytest.approx(row["content_product"] + row["video_image"], rel=1e-5)
+        assert 0 <= row["data_wait"] <= 1
+    with Image.open(out / "curves.png") as picture:
+        assert picture.size[0] == 1200
+
+    events = EventAccumulator(str(next(out.rglob("events.out.tfevents.*")).parent))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {name for name in scalars if name.startswith("train/")} == {
+        f"train/{name}" for name in logged - {"step"}
+    }
+    assert "val/MRR" in scalars
+    assert {name.split("/")[0] for name in scalars} == {"train", "val"}
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert shown == pytest.approx({row["step"]: row["loss"] for row in steps})
+
+    said = capsys.readouterr()
+    for field in ("loss=", "scale=", "lr=", "samples/s=", "data wait=", "GiB="):
+        assert field in said.err
+    assert any(line.startswith("loss ") and "->" in line for line in said.out.splitlines())
