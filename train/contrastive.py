@@ -516,7 +516,8 @@ def main(config: TrainConfig) -> None:
             saves = progress.step % config.checkpoint_every == 0 or ended
             stop = 0 if ended else agreement.largest(signals.received)
             # A GPU is asked for its numbers only now and then: to look is to wait for it.
-            if on_cpu or logs or evaluates or saves or stop:
+            looks = on_cpu or progress.step % 100 == 0
+            if looks or logs or evaluates or saves or stop:
                 check_losses()
             if evaluates or saves or stop:
                 check_weights()

@@ -8,13 +8,14 @@ then are older ones removed: a full disk or a kill costs the new one alone.
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from safetensors import SafetensorError
 
 from mmrec import distributed
@@ -77,9 +78,24 @@ def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, *, seed: int)
 
     The weights, the optimizer and the batches to come do not depend on the number of ranks. Draws
     inside the model (dropout) do: a rank that the checkpoint knows nothing of starts a stream of its own.
+    Raises `UserError` where one of the run and the checkpoint is FSDP's and the other is not.
     """
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if sharded != (accelerator.distributed_type == DistributedType.FSDP):
+        kinds = ("with FSDP", "without FSDP")
+        written, launched = kinds if sharded else reversed(kinds)
+        raise UserError(
+            f"{checkpoint}: was written {written}, and this run was launched {launched}; launch it as "
+            "before (train/launch/ has config files for both)"
+        )
     accelerator.load_state(str(checkpoint))
-    rank = distributed.rank()
+    before, rank = read_progress(checkpoint).world_size, distributed.rank()
+    if rank == 0 and before != distributed.world_size():
+        print(
+            f"going on with {distributed.world_size()} ranks after {before}: the batches are the same, "
+            "random numbers inside the model are not",
+            file=sys.stderr,
+        )
     if not (checkpoint / f"random_states_{rank}.pkl").exists():
         set_seed(seed + rank)
 

@@ -112,7 +112,9 @@ def assert_same_training(run: Path, whole: Path) -> None:
         assert difference.mean() < 2e-5, name
 
 
-def test_two_ranks_agree_to_stop_and_one_goes_on_where_they_were(config: Any, whole: Path) -> None:
+def test_two_ranks_agree_to_stop_and_one_goes_on_where_they_were(
+    config: Any, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = config.out.with_name("stopped")
     done = train_on_ranks(config, out, 2, STOP_RANK="1")
     assert "stopped by SIGTERM" in done.stderr, done.stderr
@@ -120,6 +122,7 @@ def test_two_ranks_agree_to_stop_and_one_goes_on_where_they_were(config: Any, wh
     assert [path.name for path in list_checkpoints(out)] == ["step-00000003"]
     assert read_progress(list_checkpoints(out)[-1]).world_size == 2
     train_here(replace(config, out=out, resume=True))
+    assert "going on with 1 ranks after 2" in capsys.readouterr().err
     assert_same_training(out, whole)
 
 

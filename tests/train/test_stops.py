@@ -234,6 +234,15 @@ def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
     assert learned(broken)[-2:] == learned(config.out)[-2:]
 
 
+def test_a_checkpoint_of_fsdp_is_not_read_without_it(program: ModuleType, config: Any) -> None:
+    program.main(replace(config, epochs=1))
+    last = list_checkpoints(config.out)[-1]
+    (last / "model.safetensors").unlink()
+    (last / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(UserError, match="was written with FSDP, and this run was launched without"):
+        program.main(replace(config, epochs=1, resume=True))
+
+
 def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> None:
     """A terminal sends it to the whole group: to the trainer and to its loaders' processes."""
     flags = (

@@ -7,7 +7,8 @@
 # number of GPUs. On CPUs: ACCELERATE_USE_CPU=true PROCESSES=2. FSDP2 wants a config file: see fsdp2.yaml.
 #
 # Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint: torchrun passes them on, and ends what is still there after
-# GRACE_S seconds. The same command with --resume goes on.
+# GRACE_S seconds. torchrun itself then ends with a traceback and status 1. The same command with
+# --resume goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
