@@ -356,6 +356,9 @@ def _open_clip(setting: Setting) -> Rate:
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
+    # As its main sets them.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     folder = Path(setting.folder)
     name = _known_to_open_clip(setting.model)
     arguments = Namespace(
