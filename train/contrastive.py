@@ -1,13 +1,16 @@
 """Train an encoder of contents and products by contrastive learning on shards.
 
 Input: a folder of shards (data_prep/make_shards.py). Output: a run folder with config.json, metrics.jsonl,
-checkpoints, and the best encoder.
+curves.png, checkpoints, and the best encoder.
 
     accelerate launch --config_file accelerate_config.yaml train/contrastive.py demo \
         --shards runs/demo/shards --out runs/demo/train
 
 The first argument is a recipe below, or the config.json of an earlier run; flags override its fields. The
 demo recipe takes about 3 minutes on 2 cores. See README.md for what each recipe reaches.
+
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint after the step and exit with 128 and the signal's number; a
+second Ctrl-C ends at once. --resume goes on. train/launch/ has files for GPUs, machines and SLURM.
 """
 
 import os
