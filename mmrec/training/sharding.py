@@ -12,15 +12,22 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 
 
 def make_shardable(encoder: Encoder, accelerator: Accelerator) -> None:
     """Ready an encoder for FSDP2, which cuts weights in rows and takes no others.
 
-    The scale is given a dimension, and kernels in channels-last order are laid out plainly.
+    The scale is given a dimension, and kernels in channels-last order are laid out plainly. Raises
+    `UserError` for a sigmoid loss's bias, which the loss reads outside of the forward pass.
     """
     if accelerator.is_fsdp2:
+        if encoder.logit_bias is not None:
+            raise UserError(
+                "--encoder.start-bias: the sigmoid loss's bias cannot be cut among ranks; launch without "
+                "FSDP, for example with train/launch/one_node.yaml"
+            )
         encoder.log_scale = nn.Parameter(encoder.log_scale.detach().reshape(1))
         for weight in encoder.parameters():
             weight.data = weight.data.contiguous()
