@@ -37,12 +37,12 @@ calls = 0
 plain_loss = program.contrastive_loss
 
 
-def loss_and_signal(*args: Any) -> dict[str, Any]:
+def loss_and_signal(*args: Any, **kwargs: Any) -> dict[str, Any]:
     global calls
     calls += 1
     if os.environ.get("STOP_RANK") == os.environ["RANK"] and calls == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-    return plain_loss(*args)
+    return plain_loss(*args, **kwargs)
 
 
 if "FSDP_ON_CPU" in os.environ:

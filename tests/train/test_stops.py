@@ -113,8 +113,8 @@ def test_a_nan_stops_the_run_names_its_batch_and_saves_nothing_bad(
     healthy = program.contrastive_loss
     seen: list[list[int]] = []
 
-    def loss(views: Any, batch: Any, *rest: Any) -> dict[str, torch.Tensor]:
-        losses = healthy(views, batch, *rest)
+    def loss(views: Any, batch: Any, *rest: Any, **named: Any) -> dict[str, torch.Tensor]:
+        losses = healthy(views, batch, *rest, **named)
         seen.append(batch.samples.tolist())
         return losses | ({"loss": losses["loss"] * math.nan} if len(seen) == 4 else {})
 
