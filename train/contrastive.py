@@ -76,7 +76,13 @@ from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_lear
 from mmrec.training.progress import Stopwatch, bar_fields, memory_gib
 from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
 from mmrec.training.schedules import warmup_cosine
-from mmrec.training.sharding import make_shardable, scale_of, whole_encoder, whole_tensor
+from mmrec.training.sharding import (
+    check_sharding,
+    make_shardable,
+    scale_of,
+    whole_encoder,
+    whole_tensor,
+)
 from mmrec.training.stopping import StopSignals, exit_status, stop_message
 
 # --- config ------------------------------------------------------------------------------------
@@ -305,6 +311,9 @@ def main(config: TrainConfig) -> None:
             f"--sampler.batch-size {config.sampler.batch_size} cannot be cut into "
             f"{accelerator.num_processes} equal parts; give a multiple of the number of processes"
         )
+    check_sharding(
+        accelerator, averaged=config.ema is not None, adapted=config.tuning.lora_rank > 0
+    )
     set_seed(config.seed)
     if accelerator.device.type == "cpu":
         # accelerate launch gives a process one thread unless OMP_NUM_THREADS says otherwise.

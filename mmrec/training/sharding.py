@@ -16,6 +16,16 @@ from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 
 
+def check_sharding(accelerator: Accelerator, *, averaged: bool, adapted: bool) -> None:
+    """Refuse, before any work, what needs whole weights during a training with FSDP2."""
+    for flag, used in (("--ema", averaged), ("--tuning.lora-rank", adapted)):
+        if used and accelerator.is_fsdp2:
+            raise UserError(
+                f"{flag} does not work with weights that are cut among ranks; launch without FSDP, for "
+                "example with train/launch/one_node.yaml"
+            )
+
+
 def make_shardable(encoder: Encoder, accelerator: Accelerator) -> None:
     """Ready an encoder for FSDP2, which cuts weights in rows and takes no others.
 

@@ -8,7 +8,13 @@ import torch
 
 from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder, EncoderConfig
-from mmrec.training.sharding import make_shardable, scale_of, whole_encoder, whole_tensor
+from mmrec.training.sharding import (
+    check_sharding,
+    make_shardable,
+    scale_of,
+    whole_encoder,
+    whole_tensor,
+)
 
 SHARDED: Any = SimpleNamespace(is_fsdp2=True)
 WHOLE: Any = SimpleNamespace(is_fsdp2=False)
@@ -44,3 +50,12 @@ def test_a_bias_that_cannot_be_cut_is_refused() -> None:
     encoder = Encoder(EncoderConfig(towers="mmrec-tiny", image_size=32, start_bias=-10.0))
     with pytest.raises(UserError, match=r"start-bias.*one_node"):
         make_shardable(encoder, SHARDED)
+
+
+def test_what_needs_whole_weights_is_refused_with_fsdp_alone() -> None:
+    check_sharding(WHOLE, averaged=True, adapted=True)
+    check_sharding(SHARDED, averaged=False, adapted=False)
+    with pytest.raises(UserError, match=r"--ema does not work.*one_node"):
+        check_sharding(SHARDED, averaged=True, adapted=False)
+    with pytest.raises(UserError, match=r"--tuning\.lora-rank does not work"):
+        check_sharding(SHARDED, averaged=False, adapted=True)
