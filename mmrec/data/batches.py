@@ -199,16 +199,21 @@ def normalise_pixels(
     return pixels.permute(0, 3, 1, 2)
 
 
+_CROP_TRIES = 10  # as torchvision's RandomResizedCrop makes before it gives up
+
+
 @dataclass(frozen=True)
 class View:
     """One draw of augmentation, shared by all frames of a clip so that it stays one scene."""
 
-    scale: float
-    aspect: float
+    crops: tuple[tuple[float, float], ...]
+    """Shares of the area and ratios of width to height; the first that fits into a picture is taken."""
+    max_aspect: float
+    """The largest of these ratios, either way."""
     top: float
     left: float
-    flip: bool
-    color: tuple[float, ...]
+    flip: bool = False
+    color: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Factors of brightness, contrast and saturation."""
     angle: float = 0.0
     """Rotation in degrees, against the clock."""
@@ -217,32 +222,49 @@ class View:
 
     @classmethod
     def draw(cls, config: AugmentConfig, rng: np.random.Generator) -> "View":
-        """Draw crop, flip and colour from a generator."""
+        """Draw crop, flip, colour, rotation and hole from a generator."""
         # One call: each costs as much as resizing a few lines of a picture.
-        draws = rng.random(14).tolist()
-        scale, aspect, top, left, flip = draws[:5]
-        erase, hole_height, hole_width, hole_top, hole_left = draws[9:]
-        hole_height, hole_width = 0.15 + 0.35 * hole_height, 0.15 + 0.35 * hole_width
-        hole = ((1 - hole_height) * hole_top, (1 - hole_width) * hole_left, hole_height, hole_width)
+        draws = iter(rng.random(12 + 2 * _CROP_TRIES).tolist())
+        top, left, flip, *color = (next(draws) for _ in range(6))
+        angle, erase = next(draws), next(draws)
+        height, width = 0.15 + 0.35 * next(draws), 0.15 + 0.35 * next(draws)
+        hole = ((1 - height) * next(draws), (1 - width) * next(draws), height, width)
+        stretch = 2 * math.log(config.max_aspect)
+        crops = [
+            (
+                config.min_scale + (1 - config.min_scale) * next(draws),
+                math.exp(stretch * (next(draws) - 0.5)),
+            )
+            for _ in range(_CROP_TRIES)
+        ]
         return cls(
-            scale=config.min_scale + (1 - config.min_scale) * scale,
-            aspect=math.exp(math.log(config.max_aspect) * (2 * aspect - 1)),
+            crops=tuple(crops),
+            max_aspect=config.max_aspect,
             top=top,
             left=left,
             flip=flip < config.flip,
-            color=tuple(1 + config.color * (2 * part - 1) for part in draws[5:8]),
-            angle=config.rotate * (2 * draws[8] - 1),
+            color=tuple(1 + config.color * (2 * part - 1) for part in color),
+            angle=config.rotate * (2 * angle - 1),
             hole=hole if erase < config.erase else None,
         )
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The crop in pixels of a picture of that size: top, left, height, width."""
-        area = height * width * self.scale
-        crop_height = min(height, max(1, round((area / self.aspect) ** 0.5)))
-        crop_width = min(width, max(1, round((area * self.aspect) ** 0.5)))
+        crop_height, crop_width = self._size(height, width)
         top = int(self.top * (height - crop_height + 1))
         left = int(self.left * (width - crop_width + 1))
         return top, left, crop_height, crop_width
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        for scale, aspect in self.crops:
+            area = height * width * scale
+            crop_height, crop_width = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+            if 0 < crop_height <= height and 0 < crop_width <= width:
+                return crop_height, crop_width
+        # Too long for its ratios: as much as fits of the longest of them.
+        aspect = min(max(width / height, 1 / self.max_aspect), self.max_aspect)
+        crop_height = min(height, max(1, round(width / aspect)))
+        return crop_height, min(width, max(1, round(crop_height * aspect)))
 
 
 def collate_items(
