@@ -36,7 +36,7 @@ from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
 from mmrec.data.shards import open_shards
-from mmrec.distributed import broadcast_buffers
+from mmrec.distributed import broadcast_buffers, gather
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
@@ -63,6 +63,7 @@ from mmrec.training.ema import AveragedEncoder
 from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from mmrec.training.progress import Stopwatch
 from mmrec.training.run import RunFolder, differing_fields, read_config
+from mmrec.training.sample_log import SampleLog
 from mmrec.training.schedules import warmup_cosine
 
 # --- config ------------------------------------------------------------------------------------
@@ -109,6 +110,8 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log_samples: bool = False
+    """Write samples.jsonl: the contents of every global batch, as training consumed them."""
     trackers: tuple[str, ...] = ()
     """Names of Accelerate trackers to log to as well, such as tensorboard or wandb."""
     resume: bool = False
@@ -190,7 +193,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 # Where and how fast may change on resume; what is learned may not.
 FREE_ON_RESUME = (
     *("shards", "out", "resume", "num_workers", "cpu_threads"),
-    *("trackers", "log_every", "keep_checkpoints"),
+    *("trackers", "log_every", "log_samples", "keep_checkpoints"),
 )
 
 
@@ -331,6 +334,9 @@ def main(config: TrainConfig) -> None:
     run = None
     if accelerator.is_main_process:
         run = RunFolder(config.out, config, from_step=progress.step if checkpoint else None)
+    sample_log = None
+    if run and config.log_samples:
+        sample_log = SampleLog(config.out, epoch=progress.epoch, batch=progress.batch)
     if config.trackers:
         accelerator.init_trackers("mmrec")
     loader = pair_loader(
@@ -436,6 +442,12 @@ def main(config: TrainConfig) -> None:
             break
         losses = train_on(batch, progress.step)
         watch.add(len(batch) * accelerator.num_processes)
+        if config.log_samples:
+            rows = gather(batch.samples.to(accelerator.device)).tolist()
+            if sample_log:
+                epoch, place = divmod(micro, batches.steps_per_epoch)
+                contents = [train.content_ids[row] for row in rows]
+                sample_log.log(epoch=epoch, batch=place, contents=contents)
         micro += 1
         if micro % config.accumulation:
             continue

@@ -474,7 +474,11 @@ def pair_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterable[PairBatch]:
-    """The DataLoader of training: one rank's batches, in the sampler's order, read ahead by workers."""
+    """The DataLoader of training: one rank's batches, in the sampler's order, read ahead by workers.
+
+    It has a generator of its own, as all loaders here: an iterator draws a seed as it starts, and from the
+    global one that would change a run's dropout on each resume and at each evaluation.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
@@ -486,6 +490,7 @@ def pair_loader(
         persistent_workers=False,
         worker_init_fn=_one_thread,
         prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),
     )
 
 
@@ -509,6 +514,7 @@ def item_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),
     )
 
 
