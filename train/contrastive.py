@@ -34,12 +34,14 @@ from tqdm import tqdm
 
 from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
+from mmrec.data.catalog import Catalog, attribute_groups
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
-from mmrec.data.shards import open_shards
+from mmrec.data.shards import ShardReader, open_sources
 from mmrec.distributed import broadcast_buffers, gather
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
+    Parent,
     check_output,
     fingerprint_of,
     parent_of,
@@ -77,6 +79,9 @@ class TrainConfig:
     """The folder written by data_prep/make_shards.py."""
     out: Path
     """The run folder."""
+    further_shards: tuple[Path, ...] = ()
+    """More folders to draw training rows from, mixed by `sampler.source_weights`; equal product ids are
+    one product. Evaluation stays with `shards`."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -192,7 +197,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 # Where and how fast may change on resume; what is learned may not.
 FREE_ON_RESUME = (
-    *("shards", "out", "resume", "num_workers", "cpu_threads"),
+    *("shards", "further_shards", "out", "resume", "num_workers", "cpu_threads"),
     *("trackers", "log_every", "log_samples", "keep_checkpoints"),
 )
 
@@ -228,7 +233,12 @@ def check(config: TrainConfig) -> Path | None:
         if tracker not in known:
             found = ", ".join(known) or "none"
             raise UserError(f"--trackers {tracker}: not installed here; those that are: {found}")
-    check_output(config.out / "encoder", kind="encoder", overwrite=True, inputs=[config.shards])
+    check_output(
+        config.out / "encoder",
+        kind="encoder",
+        overwrite=True,
+        inputs=[config.shards, *config.further_shards],
+    )
     checkpoints = list_checkpoints(config.out)
     if not config.resume and (config.out / "metrics.jsonl").exists():
         raise UserError(
@@ -241,13 +251,61 @@ def check(config: TrainConfig) -> Path | None:
     changed = differing_fields(replace(earlier, **free), config)
     if changed:
         raise UserError(f"{config.out}: cannot resume with another config: {'; '.join(changed)}")
-    shards = read_manifest(config.shards, "shards").fingerprint
+    shards = fingerprints_of_shards(config)
     before = read_progress(checkpoints[-1]).shards
     if shards != before:
         raise UserError(
             f"{config.out}: cannot resume on other shards: began on {before}, and {config.shards} is {shards}"
         )
     return checkpoints[-1]
+
+
+def fingerprints_of_shards(config: TrainConfig) -> str:
+    """What decides whether a run reads the shards that it began on."""
+    folders = (config.shards, *config.further_shards)
+    return "+".join(read_manifest(folder, "shards").fingerprint for folder in folders)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The training contents of all folders of shards, and the order of their rows."""
+
+    reader: ShardReader
+    numbers: dict[str, int]
+    """A number for each product that is linked to."""
+    products: list[list[int]]
+    """The products of each content that can stand for it, by number."""
+    weights: list[list[float]]
+    """Those links' weights."""
+    batches: GlobalBatches
+
+
+def open_training(config: TrainConfig) -> TrainingRows:
+    """Open the train split of all folders, and plan its batches."""
+    folders = (config.shards, *config.further_shards)
+    manifests = [read_manifest(folder, "shards") for folder in folders]
+    train, sizes = open_sources(folders, "contents", "train")
+    numbers = number_products(train.product_ids)
+    # A content carries the images of its heaviest links alone; only those can stand for it.
+    carried = [manifest.config["max_products_per_content"] for manifest in manifests]
+    inline = [most for most, size in zip(carried, sizes, strict=True) for _ in range(size)]
+    groups = None
+    if config.sampler.group_by is not None:
+        groups = attribute_groups(Catalog.open(folders), numbers, config.sampler.group_by)
+    products = [
+        [numbers[p] for p in ids[:most]]
+        for ids, most in zip(train.product_ids, inline, strict=True)
+    ]
+    weights = [own[:most] for own, most in zip(train.weights, inline, strict=True)]
+    batches = GlobalBatches(
+        config.sampler,
+        shard_sizes=train.shard_sizes,
+        products=products,
+        weights=weights,
+        source_sizes=sizes,
+        groups=groups,
+    )
+    return TrainingRows(train, numbers, products, weights, batches)
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -291,19 +349,12 @@ def main(config: TrainConfig) -> None:
 
     # --- data ----------------------------------------------------------------------------------
     shards = read_manifest(config.shards, "shards")
-    train = open_shards(config.shards, "contents", "train")
-    numbers = number_products(train.product_ids)
-    # A content carries the images of its heaviest links alone; only those can stand for it.
-    inline = shards.config["max_products_per_content"]
-    products = [[numbers[p] for p in ids[:inline]] for ids in train.product_ids]
-    weights = [weights[:inline] for weights in train.weights]
-    batches = GlobalBatches(
-        config.sampler, shard_sizes=train.shard_sizes, products=products, weights=weights
-    )
+    rows = open_training(config)
+    train, numbers, batches = rows.reader, rows.numbers, rows.batches
     log_q = None
     if config.loss.logq:
         log_q = log_expected_columns(
-            products, weights, num_products=len(numbers), sampler=config.sampler
+            rows.products, rows.weights, num_products=len(numbers), sampler=config.sampler
         ).to(accelerator.device)
     has_val = shards.details["splits"].get("val", {}).get("contents", 0) > 0
     gallery = Gallery.open(config.shards, "val") if has_val else None
@@ -327,7 +378,7 @@ def main(config: TrainConfig) -> None:
         accelerator.register_for_checkpointing(average)
     exported = average.module if average else encoder
 
-    progress = Progress(shards=shards.fingerprint)
+    progress = Progress(shards=fingerprints_of_shards(config))
     if checkpoint:
         progress = read_progress(checkpoint)
         accelerator.load_state(str(checkpoint))
@@ -421,8 +472,8 @@ def main(config: TrainConfig) -> None:
         better = value is not None and (progress.best is None or value >= progress.best)
         if better or (value is None and progress.step == total_steps):
             if accelerator.is_main_process:
-                parent = parent_of(config.out / "encoder", config.shards, "shards")
-                exported.save(config.out / "encoder", parents=[parent], overwrite=True)
+                parents = shards_parents(config, config.out / "encoder")
+                exported.save(config.out / "encoder", parents=parents, overwrite=True)
             progress = replace(progress, best=value, best_step=progress.step)
         accelerator.wait_for_everyone()
         return progress
@@ -443,10 +494,10 @@ def main(config: TrainConfig) -> None:
         losses = train_on(batch, progress.step)
         watch.add(len(batch) * accelerator.num_processes)
         if config.log_samples:
-            rows = gather(batch.samples.to(accelerator.device)).tolist()
+            samples = gather(batch.samples.to(accelerator.device)).tolist()
             if sample_log:
                 epoch, place = divmod(micro, batches.steps_per_epoch)
-                contents = [train.content_ids[row] for row in rows]
+                contents = [train.content_ids[row] for row in samples]
                 sample_log.log(epoch=epoch, batch=place, contents=contents)
         micro += 1
         if micro % config.accumulation:
@@ -488,6 +539,11 @@ def main(config: TrainConfig) -> None:
         accelerator.end_training()
 
 
+def shards_parents(config: TrainConfig, child: Path) -> list[Parent]:
+    """The record of what was trained on; the folder of the validation split comes first."""
+    return [parent_of(child, f, "shards") for f in (config.shards, *config.further_shards)]
+
+
 def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
     """Write the run's manifest and say where the encoder is."""
     encoder = read_manifest(config.out / "encoder", "encoder")
@@ -498,7 +554,7 @@ def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
             kind="run",
             config=asdict(config),
             counts={"steps": progress.step, "in": samples, "out": samples, "dropped": {}},
-            parents=[parent_of(config.out, config.shards, "shards")],
+            parents=shards_parents(config, config.out),
             fingerprint=fingerprint_of(
                 {"encoder": encoder.fingerprint, "steps": str(progress.step)}
             ),

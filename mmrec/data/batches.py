@@ -384,7 +384,8 @@ class PairDataset(Dataset[_Pair]):
         return len(self._reader)
 
     def __getitem__(self, row: Row) -> _Pair:
-        rng = np.random.default_rng([self.seed, row.epoch, row.sample])
+        # The fourth number is kept for draws of another kind.
+        rng = np.random.default_rng([self.seed, row.epoch, row.sample, 0, row.repeat])
         sample, slot = row.sample, row.slot
         meta = self._reader.meta(sample)
         linked = meta["products"][slot]

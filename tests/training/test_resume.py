@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import load_program
 from forked_training import TrainingServer
 from written_shards import TINY_VIT, write_shards
 
+from mmrec.manifest import read_manifest
 from mmrec.training.checkpoints import list_checkpoints
-from mmrec.training.run import read_metrics
+from mmrec.training.run import read_config, read_metrics
 from mmrec.training.sample_log import read_samples
 
 STEPS = 9  # of the runs below: 24 contents, batches of 8, 3 epochs
@@ -36,6 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, and towers with and without draws of their own."""
     folder = tmp_path_factory.mktemp("resume")
     write_shards(folder / "shards")
+    write_shards(
+        folder / "further", num_contents=12, num_val=0, num_products=4, first_product=5, prefix="d"
+    )
     (folder / "plain.json").write_text(json.dumps(TINY_VIT))
     drawing = deepcopy(TINY_VIT)
     # Patches left out at random: each step then depends on torch's random state.
@@ -51,6 +56,7 @@ class Setting:
     towers: str = "drawing"
     ranks: int = 1
     workers: int = 0
+    options: tuple[str, ...] = ()
 
     def flags(self, folder: Path, out: Path) -> list[str | Path]:
         towers = self.towers if self.towers.startswith("mmrec") else folder / f"{self.towers}.json"
@@ -60,7 +66,7 @@ class Setting:
             *("demo", "--shards", folder / "shards", "--out", out, "--encoder.towers", towers),
             *fixed.split(),
             *logs.split(),
-            *("--num-workers", str(self.workers), "--resume"),
+            *("--num-workers", str(self.workers), "--resume", *self.options),
         ]
 
 
@@ -128,7 +134,7 @@ def run_with_kills(
     return out
 
 
-def combinations(number: int) -> list[tuple[str, int, int]]:
+def combinations(number: int) -> Sequence[tuple[str, int, int]]:
     """(towers, ranks, workers): all with batch normalisation or draws if many kills are asked for."""
     every = list(product(("drawing", "mmrec-tiny"), (1, 2), (0, 2, 4)))
     sampled = [("drawing", 1, 2), ("mmrec-tiny", 2, 0)]
@@ -138,7 +144,7 @@ def combinations(number: int) -> list[tuple[str, int, int]]:
 def test_killed_runs_are_those_that_were_not_killed(
     server: TrainingServer, folder: Path, unbroken: Any, request: pytest.FixtureRequest
 ) -> None:
-    kills = request.config.getoption("--kills")
+    kills = int(request.config.getoption("--kills") or 0)
     for number, (towers, ranks, workers) in enumerate(combinations(kills)):
         whole = unbroken(towers, ranks)
         assert len(stream(whole)) == STEPS
@@ -166,10 +172,29 @@ def test_other_ranks_and_workers_go_on_with_the_same_batches(
     server: TrainingServer, folder: Path, unbroken: Any, request: pytest.FixtureRequest
 ) -> None:
     settings = [Setting("plain", 1, 2), Setting("plain", 2, 0)]
-    if request.config.getoption("--kills") > 4:
+    if int(request.config.getoption("--kills") or 0) > 4:
         settings = [Setting("plain", r, w) for r, w in ((2, 2), (1, 4), (4, 0), (2, 4), (1, 0))]
     broken = run_with_kills(server, folder, settings, name="changed", seed=4)
     whole = unbroken("plain", 1)
     assert stream(broken) == stream(whole)
     for ours, theirs in zip(losses(broken), losses(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
+
+
+def test_mixed_sources_and_groups_survive_a_kill(server: TrainingServer, folder: Path) -> None:
+    options = ("--further-shards", str(folder / "further"), "--sampler.source-weights", "1", "3")
+    groups = ("--sampler.group-by", "category", "--sampler.group-size", "2")
+    limits = ("--sampler.max-rows-per-product", "3", "--epochs", "2")
+    setting = Setting("plain", 1, 0, (*options, *groups, *limits))
+    whole = run_with_kills(server, folder, [setting], name="mixed", seed=0)
+    broken = run_with_kills(server, folder, [setting, setting], name="mixed-killed", seed=1)
+    assert stream(broken) == stream(whole)
+    assert losses(broken) == losses(whole)
+    # One pass over the 36 contents of both is 4 batches of 8; 6 rows of each come from the second.
+    assert len(stream(whole)) == 8
+    names = [name for row in stream(whole) for name in row["contents"]]
+    assert sum(name.startswith("d") for name in names) == pytest.approx(48, abs=3)
+    parents = [parent.fingerprint for parent in read_manifest(whole / "encoder").parents]
+    assert parents == [read_manifest(folder / f).fingerprint for f in ("shards", "further")]
+    config = read_config(whole / "config.json", load_program("train/contrastive.py").TrainConfig)
+    assert config.further_shards == (folder / "further",)
