@@ -48,7 +48,7 @@ from mmrec.manifest import (
     read_manifest,
     write_manifest,
 )
-from mmrec.model.encoder import Encoder, EncoderConfig
+from mmrec.model.encoder import Encoder, EncoderConfig, Views
 from mmrec.model.losses import (
     LossConfig,
     Objectives,
@@ -62,6 +62,7 @@ from mmrec.model.widths import nested_loss
 from mmrec.retrieval.evaluation import Gallery, measure
 from mmrec.training.checkpoints import Progress, list_checkpoints, read_progress, save_checkpoint
 from mmrec.training.ema import AveragedEncoder
+from mmrec.training.gradient_cache import CacheConfig, cached_backward, check_cache
 from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from mmrec.training.progress import Stopwatch
 from mmrec.training.run import RunFolder, differing_fields, read_config
@@ -99,6 +100,7 @@ class TrainConfig:
     """Images of a product in a training row, drawn at random."""
     accumulation: int = 1
     """Batches whose gradients are added up before a step; each is a contrastive batch of its own."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None takes what accelerate's own config says."""
     num_workers: int = 2
@@ -227,6 +229,7 @@ def check(config: TrainConfig) -> Path | None:
         )
     if not active(config.objectives):
         raise UserError("--objectives: every weight is 0, so there is nothing to learn")
+    check_cache(config.cache)
     check_loss(config.loss, has_bias=config.encoder.start_bias is not None)
     known = [tracker.value for tracker in get_available_trackers()]
     for tracker in config.trackers:
@@ -421,23 +424,36 @@ def main(config: TrainConfig) -> None:
         factor = warmup_cosine(step, total=total_steps, warmup=warmup)
         set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
         batch = batch.to(accelerator.device)
-        with accelerator.accumulate(model):
-            with accelerator.autocast():
-                views, scale = model(batch)
-                losses = nested_loss(
+
+        def losses_of(views: Views, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+            def at_width(views: Views) -> dict[str, torch.Tensor]:
+                return contrastive_loss(
                     views,
-                    encoder.widths,
-                    lambda views: contrastive_loss(
-                        views,
-                        batch,
-                        scale,
-                        config.objectives,
-                        config=config.loss,
-                        bias=encoder.logit_bias,
-                        log_q=log_q,
-                    ),
+                    batch,
+                    scale,
+                    config.objectives,
+                    config=config.loss,
+                    bias=encoder.logit_bias,
+                    log_q=log_q,
                 )
-            accelerator.backward(losses["loss"])
+
+            return nested_loss(views, encoder.widths, at_width)
+
+        with accelerator.accumulate(model):
+            if config.cache.on:
+                losses = cached_backward(
+                    encoder,
+                    batch,
+                    losses_of,
+                    config=config.cache,
+                    model=model,
+                    backward=accelerator.backward,
+                    autocast=lambda: accelerator.autocast(),
+                )
+            else:
+                with accelerator.autocast():
+                    losses = losses_of(*model(batch))
+                accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
                 losses["gradient_norm"] = torch.as_tensor(norm)
