@@ -1,12 +1,13 @@
 """From rows of shards to batches of tensors: ItemBatch, PairBatch, and the DataLoader of training.
 
 Images travel as uint8 and are normalised a batch at a time inside the encoder, on its device. Shape
-letters: B samples, T frames or images, H W pixels, L tokens, M links of a content.
+letters: B samples, T frames or images, H W pixels, L tokens, M links of a content,
+H (alone) hard negatives of a batch.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mmrec.data.media import decode_jpeg
 from mmrec.data.mixing import mix_rows
+from mmrec.data.negatives import HardNegatives
 from mmrec.data.sampler import RankBatches, Row
 from mmrec.data.shards import ShardReader, frame_name, image_name, product_image_name
 
@@ -65,6 +67,7 @@ class PairBatch:
 
     content: ItemBatch
     product: ItemBatch
+    """The rows' products, and after them the rows' hard negatives."""
     product_number: Int[Tensor, " B"]
     """The number of the row's product in the split's sorted list of product ids."""
     links: Int[Tensor, "B M"]
@@ -73,6 +76,10 @@ class PairBatch:
     """The links' weights; 0 pads."""
     samples: Int[Tensor, " B"]
     """Row numbers in the split: they name a batch in a log."""
+    negative_number: Int[Tensor, " H"] = field(default_factory=lambda: torch.zeros(0).long())
+    """The numbers of the hard negatives, past those of the split where no training row links to them."""
+    negative_row: Int[Tensor, " H"] = field(default_factory=lambda: torch.zeros(0).long())
+    """The row of this batch that brought each of them."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -353,6 +360,14 @@ class _Pair:
     epoch: int
     size: int
     """Side of its pictures, in pixels; the same in all rows of an epoch."""
+    negatives: list["_Negative"]
+
+
+@dataclass(frozen=True)
+class _Negative:
+    pictures: list[Tensor]
+    title: str | None
+    number: int
 
 
 class PairDataset(Dataset[_Pair]):
@@ -369,7 +384,9 @@ class PairDataset(Dataset[_Pair]):
         num_images: int,
         num_epochs: int,
         seed: int,
+        negatives: HardNegatives | None = None,
     ) -> None:
+        self._negatives = negatives
         self.max_links = max(len(ids) for ids in reader.product_ids)
         self._reader = reader
         self._numbers = numbers
@@ -412,7 +429,24 @@ class PairDataset(Dataset[_Pair]):
             sample=sample,
             epoch=row.epoch,
             size=size,
+            negatives=self._draw_negatives(row, size),
         )
+
+    def _draw_negatives(self, row: Row, size: int) -> list[_Negative]:
+        if self._negatives is None:
+            return []
+        # A stream of its own, so that the row itself is augmented as it is without negatives.
+        rng = np.random.default_rng([self.seed, row.epoch, row.sample, 2, row.repeat])
+        found = []
+        for product_id in self._negatives.draw(row.sample, rng):
+            meta = self._negatives.catalog.meta(product_id)
+            drawn = draw_some(meta["num_images"], self._num_images, rng)
+            encoded = self._negatives.catalog.read_images(product_id, drawn)
+            pictures, title = self._drop_modality(
+                self._pictures(encoded, rng, size), meta["title"], rng
+            )
+            found.append(_Negative(pictures, title, self._negatives.numbers[product_id]))
+        return found
 
     def _pictures(self, encoded: list[bytes], rng: np.random.Generator, size: int) -> list[Tensor]:
         if not encoded:
@@ -455,15 +489,20 @@ class _CollatePairs:
                 pixels, content.image_mask.numpy(), links, weights, probability=self.mix, rng=rng
             )
             content.text_mask[torch.from_numpy(mixed)] = False
+        negatives = [(row, n) for row, pair in enumerate(pairs) for n in pair.negatives]
         return PairBatch(
             content=content,
             product=collate_items(
-                [p.product for p in pairs], [p.product_title for p in pairs], **collate
+                [p.product for p in pairs] + [n.pictures for _, n in negatives],
+                [p.product_title for p in pairs] + [n.title for _, n in negatives],
+                **collate,
             ),
             product_number=torch.tensor([p.number for p in pairs]),
             links=torch.from_numpy(links),
             weights=torch.from_numpy(weights),
             samples=torch.tensor([p.sample for p in pairs]),
+            negative_number=torch.tensor([n.number for _, n in negatives], dtype=torch.long),
+            negative_row=torch.tensor([row for row, _ in negatives], dtype=torch.long),
         )
 
 
