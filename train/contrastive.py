@@ -35,6 +35,7 @@ from tqdm import tqdm
 from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
 from mmrec.data.catalog import Catalog, attribute_groups
+from mmrec.data.negatives import check_negatives, read_negatives
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
 from mmrec.data.shards import ShardReader, open_sources
 from mmrec.distributed import broadcast_buffers, gather
@@ -57,6 +58,7 @@ from mmrec.model.losses import (
     contrastive_loss,
     log_expected_columns,
 )
+from mmrec.model.negatives import split_negatives
 from mmrec.model.tuning import TuningConfig, tune
 from mmrec.model.widths import nested_loss
 from mmrec.retrieval.evaluation import Gallery, measure
@@ -98,6 +100,12 @@ class TrainConfig:
     """Frames of a content in a training row, one drawn from each of as many equal spans."""
     num_images: int = 1
     """Images of a product in a training row, drawn at random."""
+    negatives: Path | None = None
+    """A table of train/mine_negatives.py: rows bring products of it as columns that are no positives."""
+    num_negatives: int = 1
+    """Hard negatives that a row brings, drawn from its list in the table."""
+    share_negatives: bool = True
+    """A hard negative is one for all rows of the global batch; off, for the row that brought it."""
     accumulation: int = 1
     """Batches whose gradients are added up before a step; each is a contrastive batch of its own."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -207,7 +215,7 @@ FREE_ON_RESUME = (
 def check(config: TrainConfig) -> Path | None:
     """Find the checkpoint to go on from, and refuse what cannot work before any work is done."""
     positive = ("epochs", "num_frames", "num_images", "accumulation", "log_every")
-    positive += ("checkpoint_every", "keep_checkpoints")
+    positive += ("checkpoint_every", "keep_checkpoints", "num_negatives")
     limits = {name: (getattr(config, name), 1) for name in positive}
     for name in ("num_workers", "cpu_threads", "eval_every", "seed"):
         limits[name] = (getattr(config, name), 0)
@@ -254,7 +262,7 @@ def check(config: TrainConfig) -> Path | None:
     changed = differing_fields(replace(earlier, **free), config)
     if changed:
         raise UserError(f"{config.out}: cannot resume with another config: {'; '.join(changed)}")
-    shards = fingerprints_of_shards(config)
+    shards = fingerprints_of_data(config)
     before = read_progress(checkpoints[-1]).shards
     if shards != before:
         raise UserError(
@@ -263,10 +271,13 @@ def check(config: TrainConfig) -> Path | None:
     return checkpoints[-1]
 
 
-def fingerprints_of_shards(config: TrainConfig) -> str:
-    """What decides whether a run reads the shards that it began on."""
+def fingerprints_of_data(config: TrainConfig) -> str:
+    """What decides whether a run reads the shards, and the negatives, that it began on."""
     folders = (config.shards, *config.further_shards)
-    return "+".join(read_manifest(folder, "shards").fingerprint for folder in folders)
+    found = [read_manifest(folder, "shards").fingerprint for folder in folders]
+    if config.negatives is not None:
+        found.append(check_negatives(config.negatives, folders).fingerprint)
+    return "+".join(found)
 
 
 @dataclass(frozen=True)
@@ -354,6 +365,15 @@ def main(config: TrainConfig) -> None:
     shards = read_manifest(config.shards, "shards")
     rows = open_training(config)
     train, numbers, batches = rows.reader, rows.numbers, rows.batches
+    negatives = None
+    if config.negatives is not None:
+        negatives = read_negatives(
+            config.negatives,
+            shards=(config.shards, *config.further_shards),
+            content_ids=train.content_ids,
+            numbers=numbers,
+            per_row=config.num_negatives,
+        )
     log_q = None
     if config.loss.logq:
         log_q = log_expected_columns(
@@ -381,7 +401,7 @@ def main(config: TrainConfig) -> None:
         accelerator.register_for_checkpointing(average)
     exported = average.module if average else encoder
 
-    progress = Progress(shards=fingerprints_of_shards(config))
+    progress = Progress(shards=fingerprints_of_data(config))
     if checkpoint:
         progress = read_progress(checkpoint)
         accelerator.load_state(str(checkpoint))
@@ -403,6 +423,7 @@ def main(config: TrainConfig) -> None:
             num_images=config.num_images,
             num_epochs=config.epochs,
             seed=config.sampler.seed,
+            negatives=negatives,
         ),
         RankBatches(
             batches,
@@ -427,6 +448,9 @@ def main(config: TrainConfig) -> None:
 
         def losses_of(views: Views, scale: torch.Tensor) -> dict[str, torch.Tensor]:
             def at_width(views: Views) -> dict[str, torch.Tensor]:
+                extra = None
+                if config.negatives is not None:
+                    views, extra = split_negatives(views, batch, shared=config.share_negatives)
                 return contrastive_loss(
                     views,
                     batch,
@@ -435,6 +459,7 @@ def main(config: TrainConfig) -> None:
                     config=config.loss,
                     bias=encoder.logit_bias,
                     log_q=log_q,
+                    extra_columns=extra,
                 )
 
             return nested_loss(views, encoder.widths, at_width)

@@ -52,9 +52,9 @@ class HardNegatives:
 
     def draw(self, sample: int, rng: np.random.Generator) -> list[str]:
         """Some of a row's negatives, each with equal chance."""
-        known = self.products[sample]
+        known = list(self.products[sample])
         if len(known) <= self.per_row:
-            return list(known)
+            return known
         return [known[i] for i in sorted(rng.choice(len(known), self.per_row, replace=False))]
 
 

@@ -193,7 +193,7 @@ def test_batches_are_those_of_the_first_version(
 # --- groups ------------------------------------------------------------------------------------
 
 
-def grouped(limit: int | None, *, share: float = 0.5, **settings: int) -> GlobalBatches:
+def grouped(limit: int | None, *, share: float = 0.5) -> GlobalBatches:
     """240 samples of 60 products; product p is of group p % 12, and those above 53 of none."""
     config = SamplerConfig(
         batch_size=24,
@@ -201,7 +201,6 @@ def grouped(limit: int | None, *, share: float = 0.5, **settings: int) -> Global
         group_share=share,
         group_size=4,
         max_rows_per_product=limit,
-        **settings,
     )
     products = [[(i * 7) % 60] for i in range(250)]
     return GlobalBatches(
@@ -264,9 +263,16 @@ def test_where_few_groups_can_be_formed_the_rest_comes_as_it_came() -> None:
 # --- several sources ---------------------------------------------------------------------------
 
 
-def mixed(*weights: float, sizes: tuple[int, ...] = (60, 30, 10), **settings: int) -> GlobalBatches:
+def mixed(*weights: float, limit: int | None = None, seed: int = 0) -> GlobalBatches:
     """Three sources of ten products each; product 7 occurs in all of them."""
-    config = SamplerConfig(batch_size=10, source_weights=weights, window_shards=2, **settings)
+    sizes = (60, 30, 10)
+    config = SamplerConfig(
+        batch_size=10,
+        source_weights=weights,
+        window_shards=2,
+        max_rows_per_product=limit,
+        seed=seed,
+    )
     products = [
         [7 if i % 10 == 7 else 10 * source + i % 10]
         for source, size in enumerate(sizes)
@@ -321,7 +327,7 @@ def test_without_weights_an_epoch_is_one_pass_over_the_sum() -> None:
 
 
 def test_a_mixture_is_a_pure_function_and_keeps_the_cap() -> None:
-    one, two = (mixed(3.0, 2.0, 1.0, max_rows_per_product=1, seed=5) for _ in range(2))
+    one, two = (mixed(3.0, 2.0, 1.0, limit=1, seed=5) for _ in range(2))
     assert list(one.epoch(2)) == list(two.epoch(2))
     for batch in one.epoch(2):
         assert len({one.product_of(row) for row in batch}) == 10

@@ -1,6 +1,7 @@
 """train/mine_negatives.py beside a brute-force search, and training on what it wrote."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import load_program
+from forked_training import TrainingServer
 from written_shards import TINY_VIT, write_shards
 
 from mmrec.data.negatives import FILE_NAME
@@ -17,6 +19,7 @@ from mmrec.errors import UserError
 from mmrec.manifest import read_manifest
 from mmrec.model.encoder import Encoder, EncoderConfig
 from mmrec.retrieval.embed import embed_rows
+from mmrec.training.run import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +85,47 @@ def test_settings_out_of_range_are_refused(folder: Path, tmp_path: Path) -> None
         with pytest.raises(UserError, match=message):
             mine(folder, tmp_path / "negatives", **changes)
     assert not (tmp_path / "negatives").exists()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TrainingServer]:
+    with TrainingServer() as server:
+        yield server
+
+
+@pytest.mark.parametrize("share", ["--share-negatives", "--no-share-negatives"])
+def test_two_ranks_train_on_a_table_as_one_does(
+    server: TrainingServer, folder: Path, tmp_path: Path, share: str
+) -> None:
+    """Also with a cache, and unlike training without the table."""
+    table = mine(folder, tmp_path / "negatives", num_negatives=3, margin=0.0)
+    mined = ["--negatives", table, "--num-negatives", "2", share]
+    cache = ["--cache.frames", "3", "--cache.images", "4", "--cache.texts", "5"]
+    losses = []
+    for name, ranks, options in (("plain", 1, []), ("one", 1, mined), ("two", 2, [*mined, *cache])):
+        flags = "--encoder.image-size 32 --sampler.batch-size 8 --epochs 2 --log-every 1"
+        arguments = ["demo", "--shards", folder / "shards", "--out", tmp_path / name]
+        arguments += ["--encoder.towers", folder / "vit.json", *flags.split()]
+        arguments += ["--num-workers", "0", "--cpu-threads", "1", *options]
+        run = server.start(arguments, ranks=ranks, log=tmp_path / f"log-{name}")
+        assert run.wait() == [0] * ranks, run.text()
+        losses.append([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row])
+    plain, one, two = losses
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=2e-4)
+    # More columns that are no positives: the same first step has a larger loss.
+    assert one[0] > plain[0] + 0.02
+
+
+def test_a_resume_on_another_table_is_refused(
+    server: TrainingServer, folder: Path, tmp_path: Path
+) -> None:
+    table = mine(folder, tmp_path / "negatives")
+    arguments = ["demo", "--shards", folder / "shards", "--out", tmp_path / "run"]
+    arguments += ["--encoder.towers", folder / "vit.json", "--sampler.batch-size", "8", "--resume"]
+    arguments += ["--epochs", "1", "--num-workers", "0", "--negatives", table]
+    for status, message in ((0, "trained 2 steps"), (1, "cannot resume on other shards")):
+        run = server.start(arguments, log=tmp_path / "log")
+        assert run.wait() == [status], run.text()
+        assert message in run.text()
+        mine(folder, table, num_negatives=1, overwrite=True)

@@ -15,7 +15,7 @@ from written_shards import TINY_VIT, write_shards
 
 from mmrec.data.batches import ItemBatch, PairBatch
 from mmrec.errors import UserError
-from mmrec.model.encoder import Encoder, EncoderConfig, Views
+from mmrec.model.encoder import Encoder, EncoderConfig, Side, TowerOutputs, Views
 from mmrec.model.losses import Objectives, contrastive_loss
 from mmrec.training.checkpoints import list_checkpoints
 from mmrec.training.gradient_cache import CacheConfig, cached_backward, check_cache
@@ -92,8 +92,8 @@ def in_chunks_with_a_graph(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same chunks in the same order, whose graphs are all kept: what caching saves."""
     encoder.zero_grad()
-    sides = {"content": batch.content, "product": batch.product}
-    outputs = {}
+    sides: dict[Side, ItemBatch] = {"content": batch.content, "product": batch.product}
+    outputs: TowerOutputs = {}
     for side, part in sides.items():
         size = config.frames if side == "content" else config.images
         pictures = part.images[part.image_mask].split(size)
