@@ -79,6 +79,14 @@ class _Stream:
         return _Stream(self.samples[rows], self.slots[rows], self.repeats[rows])
 
 
+def _join(parts: Sequence[_Stream]) -> _Stream:
+    return _Stream(
+        samples=np.concatenate([part.samples for part in parts]),
+        slots=np.concatenate([part.slots for part in parts]),
+        repeats=np.concatenate([part.repeats for part in parts]),
+    )
+
+
 class EpochPlan(Sequence[list[Row]]):
     """The global batches of one epoch; rows are made when a batch is asked for."""
 
@@ -264,13 +272,7 @@ class GlobalBatches:
             seed = [self.config.seed, epoch, _GROUPING, source]
             parts.append(self._grouped(part, counts, seed))
         rng = np.random.default_rng([self.config.seed, epoch, _MIXING])
-        joined = _Stream(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("samples", "slots", "repeats")
-            )
-        )
-        return joined.take(interleave(self._counts, rng))
+        return _join(parts).take(interleave(self._counts, rng))
 
     def _stretch(self, source: int, start: int, count: int) -> _Stream:
         """Rows from `start` on of a source that is shuffled anew, with a counter of its own, as it ends."""
@@ -283,14 +285,8 @@ class GlobalBatches:
             samples = self._permute_shards(shards, rng)
             slots = self._draw_slots(samples, rng)
             passes.append(_Stream(samples, slots, np.full(size, number - first)))
-        whole = _Stream(
-            *(
-                np.concatenate([getattr(part, name) for part in passes])
-                for name in ("samples", "slots", "repeats")
-            )
-        )
         begin = start - first * size
-        return whole.take(np.arange(begin, begin + count))
+        return _join(passes).take(np.arange(begin, begin + count))
 
     def _grouped(
         self, stream: _Stream, counts: Int[np.ndarray, " S"], seed: Sequence[int]
