@@ -6,8 +6,10 @@
 A content has 8 frames and a title, its product one image and a title; a small vision transformer without
 batch normalisation takes 48 pixels. Each batch size has a process of its own. The memory of a step is
 the peak of resident memory during it less what is resident before it, where encoder, gradients and the
-batch itself (bytes of pictures, which grow with it by nature) lie already. Both that and the whole
-process's peak are printed; the bar is on the step. The last line is one JSON object.
+batch itself (bytes of pictures, which grow with it by nature) lie already; that and the whole process's
+peak are both compared. For time, one process takes steps of 64, a step of the large batch, and steps of 64
+again; beside the clock on the wall stands the processor's, which other work on the machine changes less.
+The last line is one JSON object.
 """
 
 import json
@@ -18,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Threads that wait by spinning would count as work on the processor's clock.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
 import torch
@@ -65,39 +70,30 @@ class GradientCacheConfig:
     """Another size of the cached batch."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A step of one batch size, in bytes and seconds."""
-
-    step_bytes: int
-    """Peak during a step, above what was resident before it."""
-    peak_bytes: int
-    """Peak of the whole process."""
-    batch_bytes: int
-    seconds_per_sample: float
-
-
 def main(config: GradientCacheConfig) -> None:
-    """Measure both sizes, and print one JSON object on the last line."""
+    """Measure memory and time, and print one JSON object on the last line."""
     large = config.batch_size or (512 if config.quick else 4096)
-    small = _in_a_process(SMALL, cached=False, steps=5)
-    cached = _in_a_process(large, cached=True, steps=1)
-    mib = 2**20
-    for size, found in ((SMALL, small), (large, cached)):
+    memory = {size: _in_a_process("memory", size) for size in (SMALL, large)}
+    for size, found in memory.items():
+        step, peak, batch = (found[name] / 2**20 for name in ("step", "peak", "batch"))
         print(
-            f"batch {size:5,}: a step takes {found.step_bytes / mib:6.0f} MiB beside the batch's own "
-            f"{found.batch_bytes / mib:5.0f}, the process {found.peak_bytes / mib:6.0f} at its peak; "
-            f"{1000 * found.seconds_per_sample:.1f} ms a sample"
+            f"batch {size:5,}: a step takes {step:6.0f} MiB beside the batch's own {batch:5.0f}, "
+            f"the process {peak:6.0f} at its peak"
         )
-    memory = cached.step_bytes / small.step_bytes
-    whole = cached.peak_bytes / small.peak_bytes
-    seconds = cached.seconds_per_sample / small.seconds_per_sample
-    peer = f"batch {SMALL} in one piece"
+    seconds = _in_a_process("time", large)
+    print("ms a sample: " + ", ".join(f"{name} {1000 * s:.1f}" for name, s in seconds.items()))
+    small, cached = memory[SMALL], memory[large]
     rows = [
-        (f"memory of a step of {large:,}", memory, MEMORY_BAR),
-        (f"peak of the process with a batch of {large:,}", whole, MEMORY_BAR),
-        (f"time a sample with a batch of {large:,}", seconds, TIME_BAR),
+        (f"memory of a step of {large:,}", cached["step"] / small["step"], MEMORY_BAR),
+        (f"peak of the process at {large:,}", cached["peak"] / small["peak"], MEMORY_BAR),
+        (f"time a sample at {large:,}", seconds["cached"] / seconds["plain"], TIME_BAR),
+        (
+            f"processor time a sample at {large:,}",
+            seconds["cached cpu"] / seconds["plain cpu"],
+            TIME_BAR,
+        ),
     ]
+    peer = f"batch {SMALL} in one piece"
     results = [
         {"what": what, "peer": peer, "ratio": round(ratio, 3), "bar": bar, "holds": ratio <= bar}
         for what, ratio, bar in rows
@@ -107,26 +103,43 @@ def main(config: GradientCacheConfig) -> None:
     print(json.dumps({"benchmark": "gradient_cache", "machine": machine, "results": results}))
 
 
-def _in_a_process(batch_size: int, *, cached: bool, steps: int) -> Measured:
-    job = json.dumps({"batch_size": batch_size, "cached": cached, "steps": steps})
-    command = [sys.executable, __file__, WORKER, job]
+def _in_a_process(what: str, batch_size: int) -> dict[str, float]:
+    command = [sys.executable, __file__, WORKER, what, str(batch_size)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(batch_size: int, *, cached: bool, steps: int) -> Measured:
-    """Take steps of one batch size in this process."""
+def measure_memory(batch_size: int) -> dict[str, float]:
+    """Bytes of a step above what was resident before it, of the process, and of the batch."""
     encoder = _make_encoder()
+    cached = batch_size != SMALL
     # Gradients, and what a first step sets up, are there before anything is measured.
     _step(encoder, _make_batch(8), cached=cached)
     batch = _make_batch(batch_size)
     before = _reset_peak()
-    seconds = [_step(encoder, batch, cached=cached) for _ in range(steps)]
+    for _ in range(1 if cached else 3):
+        _step(encoder, batch, cached=cached)
     peak = _peak()
-    batch_bytes = sum(
-        part.nbytes for items in (batch.content, batch.product) for part in vars(items).values()
-    )
-    return Measured(peak - before, peak, batch_bytes, statistics.median(seconds) / batch_size)
+    sides = (batch.content, batch.product)
+    own = sum(part.nbytes for items in sides for part in vars(items).values())
+    return {"step": peak - before, "peak": peak, "batch": own}
+
+
+def measure_time(batch_size: int) -> dict[str, float]:
+    """Seconds a sample by the clock on the wall and by the processor's, cached and in one piece."""
+    encoder = _make_encoder()
+    small, large = _make_batch(SMALL), _make_batch(batch_size)
+    for cached in (False, True):
+        _step(encoder, small, cached=cached)
+    plain = [_step(encoder, small, cached=False) for _ in range(6)]
+    wall, cpu = _step(encoder, large, cached=True)
+    plain += [_step(encoder, small, cached=False) for _ in range(6)]
+    return {
+        "plain": statistics.median(wall for wall, _ in plain) / SMALL,
+        "cached": wall / batch_size,
+        "plain cpu": statistics.median(cpu for _, cpu in plain) / SMALL,
+        "cached cpu": cpu / batch_size,
+    }
 
 
 def _make_encoder() -> Encoder:
@@ -158,19 +171,19 @@ def _make_batch(batch_size: int) -> PairBatch:
     )
 
 
-def _step(encoder: Encoder, batch: PairBatch, *, cached: bool) -> float:
-    """Seconds of a forward and a backward pass."""
+def _step(encoder: Encoder, batch: PairBatch, *, cached: bool) -> tuple[float, float]:
+    """Seconds of a forward and a backward pass, by both clocks."""
 
     def losses_of(views: Views, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         return contrastive_loss(views, batch, scale, Objectives())
 
     encoder.zero_grad(set_to_none=False)
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     if cached:
         cached_backward(encoder, batch, losses_of, config=CACHE)
     else:
         losses_of(*encoder(batch))["loss"].backward()
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def _reset_peak() -> int:
@@ -193,6 +206,7 @@ def _peak() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [WORKER]:
-        print(json.dumps(asdict(measure(**json.loads(sys.argv[2])))))
+        measure = {"memory": measure_memory, "time": measure_time}[sys.argv[2]]
+        print(json.dumps(measure(int(sys.argv[3]))))
     else:
         main(tyro.cli(GradientCacheConfig))

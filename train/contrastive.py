@@ -29,7 +29,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from tqdm import tqdm
 
 from mmrec.cli import run_program
@@ -353,6 +353,10 @@ def main(config: TrainConfig) -> None:
         # A batch may hold no title at all, and then the text tower has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if config.cache.on and accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "--cache: chunks run beside DDP, and not under FSDP; expected one of the two"
+        )
     set_seed(config.seed)
     if accelerator.device.type == "cpu":
         # accelerate launch gives a process one thread unless OMP_NUM_THREADS says otherwise.
