@@ -38,7 +38,7 @@ class CacheConfig:
     """
 
     frames: int = 0
-    """Frames of contents in a chunk; all ranks' together are this many times as many."""
+    """Frames of contents in a chunk, on each rank."""
     images: int = 0
     """Images of products in a chunk."""
     texts: int = 0
