@@ -18,8 +18,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--kills 50` breaks off the preparation of shards more often than a quick run does."""
-    parser.addoption("--kills", type=int, default=4, help="kills of the preparation (default 4)")
+    """`--kills 50` breaks off the preparation of shards, and training, more often than a quick run does."""
+    parser.addoption("--kills", type=int, default=4, help="kills of a program (default 4)")
 
 
 def load_program(path: str) -> ModuleType:

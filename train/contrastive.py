@@ -31,24 +31,27 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from tqdm import tqdm
 
 from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
+from mmrec.data.catalog import Catalog, attribute_groups
+from mmrec.data.negatives import check_negatives, read_negatives
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
-from mmrec.data.shards import open_shards
-from mmrec.distributed import Agreement, broadcast_buffers
+from mmrec.data.shards import ShardReader, open_sources
+from mmrec.distributed import Agreement, broadcast_buffers, gather
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
+    Parent,
     check_output,
     fingerprint_of,
     parent_of,
     read_manifest,
     write_manifest,
 )
-from mmrec.model.encoder import Encoder, EncoderConfig
+from mmrec.model.encoder import Encoder, EncoderConfig, Views
 from mmrec.model.losses import (
     LossConfig,
     Objectives,
@@ -57,6 +60,7 @@ from mmrec.model.losses import (
     contrastive_loss,
     log_expected_columns,
 )
+from mmrec.model.negatives import split_negatives
 from mmrec.model.tuning import TuningConfig, tune
 from mmrec.model.widths import nested_loss
 from mmrec.retrieval.evaluation import Gallery, measure
@@ -72,9 +76,11 @@ from mmrec.training.curves import summarize_curves
 from mmrec.training.ema import AveragedEncoder
 from mmrec.training.faults import FaultWatch, stop_at_fault, weights_are_finite
 from mmrec.training.flops import FlopCount, peak_flops
+from mmrec.training.gradient_cache import CacheConfig, cached_backward, check_cache
 from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from mmrec.training.progress import Stopwatch, bar_fields, memory_gib
 from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
+from mmrec.training.sample_log import SampleLog
 from mmrec.training.schedules import warmup_cosine
 from mmrec.training.sharding import (
     check_sharding,
@@ -96,6 +102,9 @@ class TrainConfig:
     """The folder written by data_prep/make_shards.py."""
     out: Path
     """The run folder."""
+    further_shards: tuple[Path, ...] = ()
+    """More folders to draw training rows from, mixed by `sampler.source_weights`; equal product ids are
+    one product. Evaluation stays with `shards`."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -111,8 +120,15 @@ class TrainConfig:
     """Frames of a content in a training row, one drawn from each of as many equal spans."""
     num_images: int = 1
     """Images of a product in a training row, drawn at random."""
+    negatives: Path | None = None
+    """A table of train/mine_negatives.py: rows bring products of it as columns that are no positives."""
+    num_negatives: int = 1
+    """Hard negatives that a row brings, drawn from its list in the table."""
+    share_negatives: bool = True
+    """A hard negative is one for all rows of the global batch; off, for the row that brought it."""
     accumulation: int = 1
     """Batches whose gradients are added up before a step; each is a contrastive batch of its own."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None takes what accelerate's own config says."""
     num_workers: int = 2
@@ -129,6 +145,8 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log_samples: bool = False
+    """Write samples.jsonl: the contents of every global batch, as training consumed them."""
     trackers: tuple[str, ...] = ()
     """Names of Accelerate trackers to log to as well, such as tensorboard or wandb."""
     max_loss_ratio: float = 0.0
@@ -213,8 +231,9 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 # Where and how fast may change on resume; what is learned may not.
 FREE_ON_RESUME = (
-    *("shards", "out", "resume", "num_workers", "cpu_threads"),
-    *("trackers", "log_every", "keep_checkpoints", "max_loss_ratio", "accept_changes"),
+    *("shards", "further_shards", "out", "resume", "num_workers", "cpu_threads"),
+    *("trackers", "log_every", "log_samples", "keep_checkpoints"),
+    *("max_loss_ratio", "accept_changes"),
 )
 # What may have made a loss explode; with --accept-changes these may differ as well.
 MENDABLE = tuple(f"optimizer.{name} " for name in ("learning_rate", "warmup", "clip_norm"))
@@ -223,7 +242,7 @@ MENDABLE = tuple(f"optimizer.{name} " for name in ("learning_rate", "warmup", "c
 def check(config: TrainConfig) -> Path | None:
     """Find the checkpoint to go on from, and refuse what cannot work before any work is done."""
     positive = ("epochs", "num_frames", "num_images", "accumulation", "log_every")
-    positive += ("checkpoint_every", "keep_checkpoints")
+    positive += ("checkpoint_every", "keep_checkpoints", "num_negatives")
     limits = {name: (getattr(config, name), 1) for name in positive}
     for name in ("num_workers", "cpu_threads", "eval_every", "seed", "max_loss_ratio"):
         limits[name] = (getattr(config, name), 0)
@@ -245,13 +264,19 @@ def check(config: TrainConfig) -> Path | None:
         )
     if not active(config.objectives):
         raise UserError("--objectives: every weight is 0, so there is nothing to learn")
+    check_cache(config.cache)
     check_loss(config.loss, has_bias=config.encoder.start_bias is not None)
     known = [tracker.value for tracker in get_available_trackers()]
     for tracker in config.trackers:
         if tracker not in known:
             found = ", ".join(known) or "none"
             raise UserError(f"--trackers {tracker}: not installed here; those that are: {found}")
-    check_output(config.out / "encoder", kind="encoder", overwrite=True, inputs=[config.shards])
+    check_output(
+        config.out / "encoder",
+        kind="encoder",
+        overwrite=True,
+        inputs=[config.shards, *config.further_shards],
+    )
     checkpoints = list_checkpoints(config.out)
     if not config.resume and (config.out / "metrics.jsonl").exists():
         raise UserError(
@@ -266,13 +291,64 @@ def check(config: TrainConfig) -> Path | None:
         changed = [field for field in changed if not field.startswith(MENDABLE)]
     if changed:
         raise UserError(f"{config.out}: cannot resume with another config: {'; '.join(changed)}")
-    shards = read_manifest(config.shards, "shards").fingerprint
+    shards = fingerprints_of_data(config)
     before = read_progress(checkpoints[-1]).shards
     if shards != before:
         raise UserError(
             f"{config.out}: cannot resume on other shards: began on {before}, and {config.shards} is {shards}"
         )
     return checkpoints[-1]
+
+
+def fingerprints_of_data(config: TrainConfig) -> str:
+    """What decides whether a run reads the shards, and the negatives, that it began on."""
+    folders = (config.shards, *config.further_shards)
+    found = [read_manifest(folder, "shards").fingerprint for folder in folders]
+    if config.negatives is not None:
+        found.append(check_negatives(config.negatives, folders).fingerprint)
+    return "+".join(found)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The training contents of all folders of shards, and the order of their rows."""
+
+    reader: ShardReader
+    numbers: dict[str, int]
+    """A number for each product that is linked to."""
+    products: list[list[int]]
+    """The products of each content that can stand for it, by number."""
+    weights: list[list[float]]
+    """Those links' weights."""
+    batches: GlobalBatches
+
+
+def open_training(config: TrainConfig) -> TrainingRows:
+    """Open the train split of all folders, and plan its batches."""
+    folders = (config.shards, *config.further_shards)
+    manifests = [read_manifest(folder, "shards") for folder in folders]
+    train, sizes = open_sources(folders, "contents", "train")
+    numbers = number_products(train.product_ids)
+    # A content carries the images of its heaviest links alone; only those can stand for it.
+    carried = [manifest.config["max_products_per_content"] for manifest in manifests]
+    inline = [most for most, size in zip(carried, sizes, strict=True) for _ in range(size)]
+    groups = None
+    if config.sampler.group_by is not None:
+        groups = attribute_groups(Catalog.open(folders), numbers, config.sampler.group_by)
+    products = [
+        [numbers[p] for p in ids[:most]]
+        for ids, most in zip(train.product_ids, inline, strict=True)
+    ]
+    weights = [own[:most] for own, most in zip(train.weights, inline, strict=True)]
+    batches = GlobalBatches(
+        config.sampler,
+        shard_sizes=train.shard_sizes,
+        products=products,
+        weights=weights,
+        source_sizes=sizes,
+        groups=groups,
+    )
+    return TrainingRows(train, numbers, products, weights, batches)
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -314,6 +390,10 @@ def main(config: TrainConfig) -> None:
     check_sharding(
         accelerator, averaged=config.ema is not None, adapted=config.tuning.lora_rank > 0
     )
+    if config.cache.on and accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "--cache: chunks run beside DDP, and not under FSDP; expected one of the two"
+        )
     set_seed(config.seed)
     if accelerator.device.type == "cpu":
         # accelerate launch gives a process one thread unless OMP_NUM_THREADS says otherwise.
@@ -324,19 +404,21 @@ def main(config: TrainConfig) -> None:
 
     # --- data ----------------------------------------------------------------------------------
     shards = read_manifest(config.shards, "shards")
-    train = open_shards(config.shards, "contents", "train")
-    numbers = number_products(train.product_ids)
-    # A content carries the images of its heaviest links alone; only those can stand for it.
-    inline = shards.config["max_products_per_content"]
-    products = [[numbers[p] for p in ids[:inline]] for ids in train.product_ids]
-    weights = [weights[:inline] for weights in train.weights]
-    batches = GlobalBatches(
-        config.sampler, shard_sizes=train.shard_sizes, products=products, weights=weights
-    )
+    rows = open_training(config)
+    train, numbers, batches = rows.reader, rows.numbers, rows.batches
+    negatives = None
+    if config.negatives is not None:
+        negatives = read_negatives(
+            config.negatives,
+            shards=(config.shards, *config.further_shards),
+            content_ids=train.content_ids,
+            numbers=numbers,
+            per_row=config.num_negatives,
+        )
     log_q = None
     if config.loss.logq:
         log_q = log_expected_columns(
-            products, weights, num_products=len(numbers), sampler=config.sampler
+            rows.products, rows.weights, num_products=len(numbers), sampler=config.sampler
         ).to(accelerator.device)
     has_val = shards.details["splits"].get("val", {}).get("contents", 0) > 0
     gallery = Gallery.open(config.shards, "val") if has_val else None
@@ -366,7 +448,7 @@ def main(config: TrainConfig) -> None:
         accelerator.register_for_checkpointing(average)
     exported = average.module if average else encoder
 
-    progress = Progress(shards=shards.fingerprint)
+    progress = Progress(shards=fingerprints_of_data(config))
     if checkpoint:
         progress = read_progress(checkpoint)
         restore_checkpoint(accelerator, checkpoint, seed=config.seed)
@@ -374,6 +456,9 @@ def main(config: TrainConfig) -> None:
     run = None
     if accelerator.is_main_process:
         run = RunFolder(config.out, config, from_step=progress.step if checkpoint else None)
+    sample_log = None
+    if run and config.log_samples:
+        sample_log = SampleLog(config.out, epoch=progress.epoch, batch=progress.batch)
     if config.trackers:
         accelerator.init_trackers("mmrec")
     loader = pair_loader(
@@ -386,6 +471,7 @@ def main(config: TrainConfig) -> None:
             num_images=config.num_images,
             num_epochs=config.epochs,
             seed=config.sampler.seed,
+            negatives=negatives,
         ),
         RankBatches(
             batches,
@@ -407,23 +493,40 @@ def main(config: TrainConfig) -> None:
         factor = warmup_cosine(step, total=total_steps, warmup=warmup)
         set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
         batch = batch.to(accelerator.device)
-        with accelerator.accumulate(model):
-            with accelerator.autocast():
-                views, scale = model(batch)
-                losses = nested_loss(
+
+        def losses_of(views: Views, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+            def at_width(views: Views) -> dict[str, torch.Tensor]:
+                extra = None
+                if config.negatives is not None:
+                    views, extra = split_negatives(views, batch, shared=config.share_negatives)
+                return contrastive_loss(
                     views,
-                    encoder.widths,
-                    lambda views: contrastive_loss(
-                        views,
-                        batch,
-                        scale,
-                        config.objectives,
-                        config=config.loss,
-                        bias=encoder.logit_bias,
-                        log_q=log_q,
-                    ),
+                    batch,
+                    scale,
+                    config.objectives,
+                    config=config.loss,
+                    bias=encoder.logit_bias,
+                    log_q=log_q,
+                    extra_columns=extra,
                 )
-            accelerator.backward(losses["loss"])
+
+            return nested_loss(views, encoder.widths, at_width)
+
+        with accelerator.accumulate(model):
+            if config.cache.on:
+                losses = cached_backward(
+                    encoder,
+                    batch,
+                    losses_of,
+                    config=config.cache,
+                    model=model,
+                    backward=accelerator.backward,
+                    autocast=lambda: accelerator.autocast(),
+                )
+            else:
+                with accelerator.autocast():
+                    losses = losses_of(*model(batch))
+                accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
                 losses["gradient_norm"] = whole_tensor(torch.as_tensor(norm))
@@ -459,8 +562,8 @@ def main(config: TrainConfig) -> None:
         if better or (value is None and progress.step == total_steps):
             with saving(config.out):
                 if accelerator.is_main_process:
-                    parent = parent_of(config.out / "encoder", config.shards, "shards")
-                    whole.save(config.out / "encoder", parents=[parent], overwrite=True)
+                    parents = shards_parents(config, config.out / "encoder")
+                    whole.save(config.out / "encoder", parents=parents, overwrite=True)
             progress = replace(progress, best=value, best_step=progress.step)
         if run:
             run.draw()
@@ -511,6 +614,11 @@ def main(config: TrainConfig) -> None:
             # Copied: a loader's batch lies in memory that the next ones need.
             samples = batch.samples.clone()
             faults.add(losses, step=progress.step + 1, epoch=epoch, batch=place, samples=samples)
+            if config.log_samples:
+                rows = gather(samples.to(accelerator.device)).tolist()
+                if sample_log:
+                    contents = [train.content_ids[i] for i in rows]
+                    sample_log.log(epoch=epoch, batch=place, contents=contents)
             of_ranks = accelerator.num_processes
             watch.add(len(batch) * of_ranks, flops.of_step(batch) * of_ranks if flops else 0.0)
             micro += 1
@@ -567,6 +675,11 @@ def main(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
+def shards_parents(config: TrainConfig, child: Path) -> list[Parent]:
+    """The record of what was trained on; the folder of the validation split comes first."""
+    return [parent_of(child, f, "shards") for f in (config.shards, *config.further_shards)]
+
+
 def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
     """Write the run's manifest and say where the encoder is."""
     encoder = read_manifest(config.out / "encoder", "encoder")
@@ -577,7 +690,7 @@ def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
             kind="run",
             config=asdict(config),
             counts={"steps": progress.step, "in": samples, "out": samples, "dropped": {}},
-            parents=[parent_of(config.out, config.shards, "shards")],
+            parents=shards_parents(config, config.out),
             fingerprint=fingerprint_of(
                 {"encoder": encoder.fingerprint, "steps": str(progress.step)}
             ),

@@ -319,7 +319,12 @@ def main(config: StudyConfig) -> None:
     def runs_of(data: Data, arm: Arm) -> list[Run]:
         return [Run(data, arm, seed, shards[data], config.out) for seed in range(config.seeds)]
 
-    pairs = [(d, q, arm) for d in BASES for q, arm in chosen if arm is BASE or d in arm.data]
+    pairs: list[tuple[Data, str, Arm]] = [
+        (data, question, arm)
+        for data in shards
+        for question, arm in chosen
+        if arm is BASE or data in arm.data
+    ]
     everything = [run for data, _, arm in pairs for run in runs_of(data, arm)]
     started = time.perf_counter()
     # Mining needs the base's encoders, so those come first.

@@ -1,13 +1,14 @@
 """From rows of shards to batches of tensors: ItemBatch, PairBatch, and the DataLoader of training.
 
 Images travel as uint8 and are normalised a batch at a time inside the encoder, on its device. Shape
-letters: B samples, T frames or images, H W pixels, L tokens, M links of a content.
+letters: B samples, T frames or images, H W pixels, L tokens, M links of a content,
+H (alone) hard negatives of a batch.
 """
 
 import math
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mmrec.data.media import decode_jpeg
 from mmrec.data.mixing import mix_rows
+from mmrec.data.negatives import HardNegatives
 from mmrec.data.sampler import RankBatches, Row
 from mmrec.data.shards import ShardReader, frame_name, image_name, product_image_name
 
@@ -66,6 +68,7 @@ class PairBatch:
 
     content: ItemBatch
     product: ItemBatch
+    """The rows' products, and after them the rows' hard negatives."""
     product_number: Int[Tensor, " B"]
     """The number of the row's product in the split's sorted list of product ids."""
     links: Int[Tensor, "B M"]
@@ -74,6 +77,10 @@ class PairBatch:
     """The links' weights; 0 pads."""
     samples: Int[Tensor, " B"]
     """Row numbers in the split: they name a batch in a log."""
+    negative_number: Int[Tensor, " H"] = field(default_factory=lambda: torch.zeros(0).long())
+    """The numbers of the hard negatives, past those of the split where no training row links to them."""
+    negative_row: Int[Tensor, " H"] = field(default_factory=lambda: torch.zeros(0).long())
+    """The row of this batch that brought each of them."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -200,16 +207,21 @@ def normalise_pixels(
     return pixels.permute(0, 3, 1, 2)
 
 
+_CROP_TRIES = 10  # as torchvision's RandomResizedCrop makes before it gives up
+
+
 @dataclass(frozen=True)
 class View:
     """One draw of augmentation, shared by all frames of a clip so that it stays one scene."""
 
-    scale: float
-    aspect: float
+    crops: tuple[tuple[float, float], ...]
+    """Shares of the area and ratios of width to height; the first that fits into a picture is taken."""
+    max_aspect: float
+    """The largest of these ratios, either way."""
     top: float
     left: float
-    flip: bool
-    color: tuple[float, ...]
+    flip: bool = False
+    color: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Factors of brightness, contrast and saturation."""
     angle: float = 0.0
     """Rotation in degrees, against the clock."""
@@ -218,32 +230,49 @@ class View:
 
     @classmethod
     def draw(cls, config: AugmentConfig, rng: np.random.Generator) -> "View":
-        """Draw crop, flip and colour from a generator."""
+        """Draw crop, flip, colour, rotation and hole from a generator."""
         # One call: each costs as much as resizing a few lines of a picture.
-        draws = rng.random(14).tolist()
-        scale, aspect, top, left, flip = draws[:5]
-        erase, hole_height, hole_width, hole_top, hole_left = draws[9:]
-        hole_height, hole_width = 0.15 + 0.35 * hole_height, 0.15 + 0.35 * hole_width
-        hole = ((1 - hole_height) * hole_top, (1 - hole_width) * hole_left, hole_height, hole_width)
+        draws = iter(rng.random(12 + 2 * _CROP_TRIES).tolist())
+        top, left, flip, *color = (next(draws) for _ in range(6))
+        angle, erase = next(draws), next(draws)
+        height, width = 0.15 + 0.35 * next(draws), 0.15 + 0.35 * next(draws)
+        hole = ((1 - height) * next(draws), (1 - width) * next(draws), height, width)
+        stretch = 2 * math.log(config.max_aspect)
+        crops = [
+            (
+                config.min_scale + (1 - config.min_scale) * next(draws),
+                math.exp(stretch * (next(draws) - 0.5)),
+            )
+            for _ in range(_CROP_TRIES)
+        ]
         return cls(
-            scale=config.min_scale + (1 - config.min_scale) * scale,
-            aspect=math.exp(math.log(config.max_aspect) * (2 * aspect - 1)),
+            crops=tuple(crops),
+            max_aspect=config.max_aspect,
             top=top,
             left=left,
             flip=flip < config.flip,
-            color=tuple(1 + config.color * (2 * part - 1) for part in draws[5:8]),
-            angle=config.rotate * (2 * draws[8] - 1),
+            color=tuple(1 + config.color * (2 * part - 1) for part in color),
+            angle=config.rotate * (2 * angle - 1),
             hole=hole if erase < config.erase else None,
         )
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The crop in pixels of a picture of that size: top, left, height, width."""
-        area = height * width * self.scale
-        crop_height = min(height, max(1, round((area / self.aspect) ** 0.5)))
-        crop_width = min(width, max(1, round((area * self.aspect) ** 0.5)))
+        crop_height, crop_width = self._size(height, width)
         top = int(self.top * (height - crop_height + 1))
         left = int(self.left * (width - crop_width + 1))
         return top, left, crop_height, crop_width
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        for scale, aspect in self.crops:
+            area = height * width * scale
+            crop_height, crop_width = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+            if 0 < crop_height <= height and 0 < crop_width <= width:
+                return crop_height, crop_width
+        # Too long for its ratios: as much as fits of the longest of them.
+        aspect = min(max(width / height, 1 / self.max_aspect), self.max_aspect)
+        crop_height = min(height, max(1, round(width / aspect)))
+        return crop_height, min(width, max(1, round(crop_height * aspect)))
 
 
 def collate_items(
@@ -332,6 +361,14 @@ class _Pair:
     epoch: int
     size: int
     """Side of its pictures, in pixels; the same in all rows of an epoch."""
+    negatives: list["_Negative"]
+
+
+@dataclass(frozen=True)
+class _Negative:
+    pictures: list[Tensor]
+    title: str | None
+    number: int
 
 
 class PairDataset(Dataset[_Pair]):
@@ -348,7 +385,9 @@ class PairDataset(Dataset[_Pair]):
         num_images: int,
         num_epochs: int,
         seed: int,
+        negatives: HardNegatives | None = None,
     ) -> None:
+        self._negatives = negatives
         self.max_links = max(len(ids) for ids in reader.product_ids)
         self._reader = reader
         self._numbers = numbers
@@ -363,7 +402,8 @@ class PairDataset(Dataset[_Pair]):
         return len(self._reader)
 
     def __getitem__(self, row: Row) -> _Pair:
-        rng = np.random.default_rng([self.seed, row.epoch, row.sample])
+        # The fourth number is kept for draws of another kind.
+        rng = np.random.default_rng([self.seed, row.epoch, row.sample, 0, row.repeat])
         sample, slot = row.sample, row.slot
         meta = self._reader.meta(sample)
         linked = meta["products"][slot]
@@ -390,7 +430,24 @@ class PairDataset(Dataset[_Pair]):
             sample=sample,
             epoch=row.epoch,
             size=size,
+            negatives=self._draw_negatives(row, size),
         )
+
+    def _draw_negatives(self, row: Row, size: int) -> list[_Negative]:
+        if self._negatives is None:
+            return []
+        # A stream of its own, so that the row itself is augmented as it is without negatives.
+        rng = np.random.default_rng([self.seed, row.epoch, row.sample, 2, row.repeat])
+        found = []
+        for product_id in self._negatives.draw(row.sample, rng):
+            meta = self._negatives.catalog.meta(product_id)
+            drawn = draw_some(meta["num_images"], self._num_images, rng)
+            encoded = self._negatives.catalog.read_images(product_id, drawn)
+            pictures, title = self._drop_modality(
+                self._pictures(encoded, rng, size), meta["title"], rng
+            )
+            found.append(_Negative(pictures, title, self._negatives.numbers[product_id]))
+        return found
 
     def _pictures(self, encoded: list[bytes], rng: np.random.Generator, size: int) -> list[Tensor]:
         if not encoded:
@@ -433,15 +490,20 @@ class _CollatePairs:
                 pixels, content.image_mask.numpy(), links, weights, probability=self.mix, rng=rng
             )
             content.text_mask[torch.from_numpy(mixed)] = False
+        negatives = [(row, n) for row, pair in enumerate(pairs) for n in pair.negatives]
         return PairBatch(
             content=content,
             product=collate_items(
-                [p.product for p in pairs], [p.product_title for p in pairs], **collate
+                [p.product for p in pairs] + [n.pictures for _, n in negatives],
+                [p.product_title for p in pairs] + [n.title for _, n in negatives],
+                **collate,
             ),
             product_number=torch.tensor([p.number for p in pairs]),
             links=torch.from_numpy(links),
             weights=torch.from_numpy(weights),
             samples=torch.tensor([p.sample for p in pairs]),
+            negative_number=torch.tensor([n.number for _, n in negatives], dtype=torch.long),
+            negative_row=torch.tensor([row for row, _ in negatives], dtype=torch.long),
         )
 
 
@@ -453,7 +515,11 @@ def pair_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterable[PairBatch]:
-    """The DataLoader of training: one rank's batches, in the sampler's order, read ahead by workers."""
+    """The DataLoader of training: one rank's batches, in the sampler's order, read ahead by workers.
+
+    It has a generator of its own, as all loaders here: an iterator draws a seed as it starts, and from the
+    global one that would change a run's dropout on each resume and at each evaluation.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
@@ -465,6 +531,7 @@ def pair_loader(
         persistent_workers=False,
         worker_init_fn=_one_thread,
         prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),
     )
 
 
@@ -488,6 +555,7 @@ def item_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),
     )
 
 

@@ -5,17 +5,21 @@ batches so that no product fills more than its share. Ranks take slices of a glo
 number of ranks or of loader workers sees the same batches, and a resume is two integers.
 """
 
-from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from dataclasses import dataclass
+from itertools import chain
+from typing import overload
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
+from mmrec.data.dealing import arrange_groups, deal_capped, interleave, rows_of_sources
 from mmrec.errors import UserError
 
-# Shape letters: S steps in an epoch, B rows in a global batch.
+# Shape letters: S steps in an epoch, B rows in a global batch, N rows of an epoch, M links, P products.
+
+# Third entries of seeds, where sources have 1 and up: one epoch's draws are not another purpose's.
+_GROUPING, _MIXING = 2**31, 2**31 + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,19 @@ class SamplerConfig:
     The columns are then distinct products, as in a classifier's softmax, and pictures of the same
     product are not encoded twice. Off, every row brings its product, each with its own augmentation.
     """
+    group_by: str | None = None
+    """A product attribute, such as category: part of each batch comes in groups of products that share
+    its value, and so are harder to tell apart. None makes no groups."""
+    group_share: float = 0.5
+    """Share of a batch's rows that comes in groups; less where too few rows share a value."""
+    group_size: int = 8
+    """Rows of a group."""
+    source_weights: tuple[float, ...] = ()
+    """With several folders of shards, the weight of each in every batch; empty takes their sizes.
+
+    An epoch has as many rows as all sources together. A source whose weight is more than its size is
+    shown more than once in it, and a source that ends is shuffled anew and goes on.
+    """
     window_shards: int = 64
     """Shards whose samples are permuted together: larger mixes better, smaller reads closer together."""
     seed: int = 0
@@ -46,14 +63,86 @@ class Row:
     slot: int
     brings_product: bool = True
     """False where an earlier row of the global batch has brought the same product."""
+    repeat: int = 0
+    """Which showing of the sample this is within the epoch, where a source is shown more than once."""
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Rows of one source in the order in which they are offered."""
+
+    samples: Int[np.ndarray, "*rows"]
+    slots: Int[np.ndarray, "*rows"]
+    repeats: Int[np.ndarray, "*rows"]
+
+    def take(self, rows: Int[np.ndarray, "*rest"]) -> "_Stream":
+        return _Stream(self.samples[rows], self.slots[rows], self.repeats[rows])
+
+
+def _join(parts: Sequence[_Stream]) -> _Stream:
+    return _Stream(
+        samples=np.concatenate([part.samples for part in parts]),
+        slots=np.concatenate([part.slots for part in parts]),
+        repeats=np.concatenate([part.repeats for part in parts]),
+    )
+
+
+class EpochPlan(Sequence[list[Row]]):
+    """The global batches of one epoch; rows are made when a batch is asked for."""
+
+    def __init__(
+        self,
+        epoch: int,
+        *,
+        samples: Int[np.ndarray, "S B"],
+        slots: Int[np.ndarray, "S B"],
+        repeats: Int[np.ndarray, "S B"],
+        products: Int[np.ndarray, "S B"] | None,
+    ) -> None:
+        """`products` are given where only a product's first row of a batch brings it."""
+        self._epoch = epoch
+        self._samples, self._slots, self._repeats = samples, slots, repeats
+        self._products = products
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @overload
+    def __getitem__(self, step: int) -> list[Row]: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[list[Row]]: ...
+    def __getitem__(self, step: int | slice) -> list[Row] | list[list[Row]]:
+        if isinstance(step, slice):
+            return [self.rows(t) for t in range(*step.indices(len(self)))]
+        return self.rows(step)
+
+    def rows(self, step: int, part: slice = slice(None)) -> list[Row]:
+        """The rows of one batch, or of a part of it."""
+        columns = (
+            self._samples[step, part].tolist(),
+            self._slots[step, part].tolist(),
+            self._brings(step)[part].tolist(),
+            self._repeats[step, part].tolist(),
+        )
+        return [Row(self._epoch, *values) for values in zip(*columns, strict=True)]
+
+    def _brings(self, step: int) -> Bool[np.ndarray, " B"]:
+        brings = np.ones(self._samples.shape[1], bool)
+        if self._products is not None:
+            _, first = np.unique(self._products[step], return_index=True)
+            brings[:] = False
+            brings[first] = True
+        return brings
 
 
 class GlobalBatches:
-    """The global batches of every epoch over one split.
+    """The global batches of every epoch over one split of one or several sources.
 
     `shard_sizes` are the samples of each shard in order, `products` each sample's linked product
     numbers, and `weights` the weights of those links; a sample with several links is represented in
-    an epoch by one of them, drawn by weight.
+    an epoch by one of them, drawn by weight. `source_sizes` are the samples of each folder of shards,
+    where there are several: one follows another. `groups` is each product's group by its number, -1 for
+    none, where the config asks for groups.
 
     Raises `UserError` when no full batch can be dealt, or a setting is out of its range.
     """
@@ -65,100 +154,176 @@ class GlobalBatches:
         shard_sizes: Sequence[int],
         products: Sequence[Sequence[int]],
         weights: Sequence[Sequence[float]],
+        source_sizes: Sequence[int] = (),
+        groups: Int[np.ndarray, " P"] | None = None,
     ) -> None:
         self.config = config
-        self._starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
-        self._products = products
-        # Only contents with several links need a draw; most have one.
-        self._several = {i: np.cumsum(w) / np.sum(w) for i, w in enumerate(weights) if len(w) > 1}
-        num_samples, batch_size = len(products), config.batch_size
-        for name, least in (("batch_size", 1), ("window_shards", 1), ("seed", 0)):
-            if getattr(config, name) < least:
-                flag = name.replace("_", "-")
-                raise UserError(
-                    f"--sampler.{flag} {getattr(config, name)}: expected at least {least}"
-                )
-        if num_samples < batch_size:
+        self._shard_starts = _starts(shard_sizes)
+        # All samples' links end to end: sample i has those from _link_starts[i] to _link_starts[i + 1].
+        self._link_starts = _starts([len(numbers) for numbers in products])
+        self._products = np.fromiter(chain.from_iterable(products), np.int64)
+        self._groups = groups
+        self._reach = self._cumulated_weights(weights)
+        self._source_starts = _starts(source_sizes or [len(products)])
+        _check_ranges(config)
+        if len(products) < config.batch_size:
             raise UserError(
-                f"a batch of {batch_size} rows needs as many samples, found {num_samples}; "
+                f"a batch of {config.batch_size} rows needs as many samples, found {len(products)}; "
                 f"lower --sampler.batch-size"
             )
-        self.steps_per_epoch = num_samples // batch_size
+        self.steps_per_epoch = len(products) // config.batch_size
+        self._counts = self._rows_of_sources()
         if config.max_rows_per_product is not None:
-            counts = Counter(slots[0] for slots in products)
-            room = sum(min(count, config.max_rows_per_product) for count in counts.values())
-            if room < batch_size:
+            counts = np.bincount(self._products[self._link_starts[:-1]])
+            room = int(np.minimum(counts, config.max_rows_per_product).sum())
+            if room < config.batch_size:
                 raise self._too_tight(f"at most {room} rows fit")
 
+    def _rows_of_sources(self) -> Int[np.ndarray, "S K"]:
+        sizes = np.diff(self._source_starts)
+        given = self.config.source_weights or tuple(sizes.tolist())
+        if len(given) != len(sizes) or min(given) <= 0:
+            raise UserError(
+                f"--sampler.source-weights {' '.join(map(str, given))}: expected a weight above 0 for each "
+                f"of the {len(sizes)} folders of shards"
+            )
+        counts = rows_of_sources(
+            np.asarray(given, np.float64),
+            batch_size=self.config.batch_size,
+            num_batches=self.steps_per_epoch,
+        )
+        for number, (size, most) in enumerate(zip(sizes, counts.max(0), strict=True), start=1):
+            if size < most:
+                raise UserError(
+                    f"--sampler.source-weights: folder {number} has {size} samples, and its share of a "
+                    f"batch is {most}; lower its weight or --sampler.batch-size"
+                )
+        return counts
+
+    def _cumulated_weights(self, weights: Sequence[Sequence[float]]) -> Float[np.ndarray, " M"]:
+        """Each link's upper end in 0..1 when its sample's links share that stretch by weight."""
+        reach = np.fromiter(chain.from_iterable(weights), np.float64)
+        first, lengths = self._link_starts[:-1], np.diff(self._link_starts)
+        for m in range(1, int(lengths.max(initial=1))):
+            places = first[lengths > m] + m
+            reach[places] += reach[places - 1]
+        return reach / np.repeat(reach[first + lengths - 1], lengths)
+
     def order(self, epoch: int) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-        """Every sample of the split in the order in which an epoch offers them, and the slots drawn."""
+        """Every sample of a single source in the order in which an epoch offers them, and the slots."""
         rng = np.random.default_rng([self.config.seed, epoch])
-        shards = rng.permutation(len(self._starts) - 1)
+        samples = self._permute_shards(np.arange(len(self._shard_starts) - 1), rng)
+        return samples, self._draw_slots(samples, rng)
+
+    def _permute_shards(
+        self, shards: Int[np.ndarray, " K"], rng: np.random.Generator
+    ) -> Int[np.ndarray, " N"]:
+        shards = rng.permutation(shards)
         parts = []
         for first in range(0, len(shards), self.config.window_shards):
             window = shards[first : first + self.config.window_shards]
-            samples = np.concatenate([np.arange(*self._starts[s : s + 2]) for s in window])
-            parts.append(rng.permutation(samples))
-        samples = np.concatenate(parts)
-        slots = np.zeros(len(samples), np.int64)
+            samples = [np.arange(*self._shard_starts[s : s + 2]) for s in window]
+            parts.append(rng.permutation(np.concatenate(samples)))
+        return np.concatenate(parts)
+
+    def _draw_slots(
+        self, samples: Int[np.ndarray, " N"], rng: np.random.Generator
+    ) -> Int[np.ndarray, " N"]:
         draws = rng.random(len(samples))
-        for i in np.flatnonzero(np.isin(samples, list(self._several))):
-            slots[i] = np.searchsorted(self._several[int(samples[i])], draws[i], side="right")
-        return samples, slots
+        slots = np.zeros(len(samples), np.int64)
+        lengths = np.diff(self._link_starts)[samples]
+        # Only contents with several links need a draw; most have one.
+        several = np.flatnonzero(lengths > 1)
+        first, lengths, draws = (
+            self._link_starts[samples[several]],
+            lengths[several],
+            draws[several],
+        )
+        for m in range(int(lengths.max(initial=1)) - 1):
+            within = m < lengths - 1
+            slots[several[within]] += self._reach[first[within] + m] <= draws[within]
+        return slots
 
-    def epoch(self, epoch: int) -> list[list[Row]]:
-        """All global batches of an epoch: `steps_per_epoch` lists of `batch_size` rows."""
+    def epoch(self, epoch: int) -> EpochPlan:
+        """All global batches of an epoch: `steps_per_epoch` of `batch_size` rows."""
+        stream = self._mixed(epoch) if len(self._source_starts) > 2 else self._alone(epoch)
+        products = self._products[self._link_starts[stream.samples] + stream.slots]
+        rows = self._deal(epoch, products)
+        dealt = stream.take(rows)
+        return EpochPlan(
+            epoch,
+            samples=dealt.samples,
+            slots=dealt.slots,
+            repeats=dealt.repeats,
+            products=products[rows] if self.config.unique_products else None,
+        )
+
+    def _alone(self, epoch: int) -> _Stream:
         samples, slots = self.order(epoch)
-        rows = [Row(epoch, int(i), int(s)) for i, s in zip(samples, slots, strict=True)]
-        size, limit = self.config.batch_size, self.config.max_rows_per_product
+        stream = _Stream(samples, slots, np.zeros_like(samples))
+        return self._grouped(stream, self._counts[:, 0], [self.config.seed, epoch, _GROUPING])
+
+    def _mixed(self, epoch: int) -> _Stream:
+        """The rows of all sources, a batch after the other, each from the place where its source is."""
+        parts = []
+        for source in range(len(self._source_starts) - 1):
+            counts = self._counts[:, source]
+            part = self._stretch(source, epoch * int(counts.sum()), int(counts.sum()))
+            seed = [self.config.seed, epoch, _GROUPING, source]
+            parts.append(self._grouped(part, counts, seed))
+        rng = np.random.default_rng([self.config.seed, epoch, _MIXING])
+        return _join(parts).take(interleave(self._counts, rng))
+
+    def _stretch(self, source: int, start: int, count: int) -> _Stream:
+        """Rows from `start` on of a source that is shuffled anew, with a counter of its own, as it ends."""
+        low, high = self._source_starts[source : source + 2]
+        first, size = start // int(high - low), int(high - low)
+        shards = np.flatnonzero((self._shard_starts[:-1] >= low) & (self._shard_starts[:-1] < high))
+        passes = []
+        for number in range(first, -(-(start + count) // size)):
+            rng = np.random.default_rng([self.config.seed, number, source + 1])
+            samples = self._permute_shards(shards, rng)
+            slots = self._draw_slots(samples, rng)
+            passes.append(_Stream(samples, slots, np.full(size, number - first)))
+        begin = start - first * size
+        return _join(passes).take(np.arange(begin, begin + count))
+
+    def _grouped(
+        self, stream: _Stream, counts: Int[np.ndarray, " S"], seed: Sequence[int]
+    ) -> _Stream:
+        if self.config.group_by is None:
+            return stream
+        if self._groups is None:
+            raise ValueError(
+                f"groups of '{self.config.group_by}' are asked for, and none are given"
+            )
+        products = self._products[self._link_starts[stream.samples] + stream.slots]
+        # As many rows as are read together anyway, and enough for groups of every value to form.
+        rows_per_shard = len(self._link_starts) // max(1, len(self._shard_starts) - 1)
+        span = max(16 * self.config.batch_size, self.config.window_shards * rows_per_shard)
+        return stream.take(
+            arrange_groups(
+                self._groups[products],
+                products,
+                counts=counts,
+                share=self.config.group_share,
+                size=self.config.group_size,
+                limit=self.config.max_rows_per_product,
+                span=span,
+                rng=np.random.default_rng(seed),
+            )
+        )
+
+    def _deal(self, epoch: int, products: Int[np.ndarray, " N"]) -> Int[np.ndarray, "S B"]:
+        steps, size = self.steps_per_epoch, self.config.batch_size
+        limit = self.config.max_rows_per_product
         if limit is None:
-            batches = [rows[t * size : (t + 1) * size] for t in range(self.steps_per_epoch)]
-        else:
-            batches = self._deal(rows, limit)
-        if self.config.unique_products:
-            batches = [self._show_once(batch) for batch in batches]
-        return batches
-
-    def _show_once(self, batch: list[Row]) -> list[Row]:
-        shown = set[int]()
-        marked = []
-        for row in batch:
-            product = self.product_of(row)
-            marked.append(replace(row, brings_product=product not in shown))
-            shown.add(product)
-        return marked
-
-    def _deal(self, rows: list[Row], limit: int) -> list[list[Row]]:
-        """Fill batches in order; a row whose product is full waits for the next batch."""
-        stream, waiting = deque(rows), deque[Row]()
-        again = cycle(rows)
-        batches = []
-        for _ in range(self.steps_per_epoch):
-            batch: list[Row] = []
-            used = Counter[int]()
-            chosen = set[int]()
-            still_waiting = deque[Row]()
-            for queue in (waiting, stream):
-                while queue and len(batch) < self.config.batch_size:
-                    row = queue.popleft()
-                    if used[self.product_of(row)] < limit:
-                        self._add(row, batch, used, chosen)
-                    else:
-                        still_waiting.append(row)
-            waiting = still_waiting + waiting
-            # Near the end only rows of over-full products wait: earlier rows are shown once more.
-            for row in islice(again, len(rows) if len(batch) < self.config.batch_size else 0):
-                if row.sample not in chosen and used[self.product_of(row)] < limit:
-                    self._add(row, batch, used, chosen)
-                if len(batch) == self.config.batch_size:
-                    break
-            batches.append(batch)
-        shortest = min(len(batch) for batch in batches)
-        if (
-            shortest < self.config.batch_size
-        ):  # Only where links' draws leave fewer products than counted.
-            raise self._too_tight(f"a batch of epoch {rows[0].epoch} holds {shortest}")
-        return batches
+            return np.arange(steps * size).reshape(steps, size)
+        rows = deal_capped(products, num_batches=steps, batch_size=size, limit=limit)
+        shortest = int((rows >= 0).sum(1).min())
+        if shortest < size:  # Only where links' draws leave fewer products than counted.
+            raise self._too_tight(f"a batch of epoch {epoch} holds {shortest}")
+        return rows
 
     def _too_tight(self, found: str) -> UserError:
         return UserError(
@@ -166,14 +331,30 @@ class GlobalBatches:
             f"{self.config.batch_size} rows: {found}; raise it, or lower --sampler.batch-size"
         )
 
-    def _add(self, row: Row, batch: list[Row], used: Counter[int], chosen: set[int]) -> None:
-        batch.append(row)
-        chosen.add(row.sample)
-        used[self.product_of(row)] += 1
-
     def product_of(self, row: Row) -> int:
         """The number of the product that stands for a row."""
-        return self._products[row.sample][row.slot]
+        return int(self._products[self._link_starts[row.sample] + row.slot])
+
+
+def _starts(sizes: Sequence[int]) -> Int[np.ndarray, " N"]:
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def _check_ranges(config: SamplerConfig) -> None:
+    least = {"batch_size": 1, "window_shards": 1, "seed": 0, "group_size": 2}
+    if config.max_rows_per_product is not None:
+        least["max_rows_per_product"] = 1
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            flag = name.replace("_", "-")
+            raise UserError(f"--sampler.{flag} {getattr(config, name)}: expected at least {value}")
+    if config.group_by is None:
+        return
+    if not config.group_size <= config.group_share * config.batch_size <= config.batch_size:
+        raise UserError(
+            f"--sampler.group-share {config.group_share}: expected at most 1, and at least one group of "
+            f"{config.group_size} rows in a batch of {config.batch_size}"
+        )
 
 
 class RankBatches:
@@ -209,5 +390,6 @@ class RankBatches:
     def __iter__(self) -> Iterator[list[Row]]:
         epoch, step = self._start
         for number in range(epoch, self._num_epochs):
-            for batch in self._batches.epoch(number)[step if number == epoch else 0 :]:
-                yield batch[self._slice]
+            plan = self._batches.epoch(number)
+            for t in range(step if number == epoch else 0, len(plan)):
+                yield plan.rows(t, self._slice)

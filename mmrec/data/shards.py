@@ -412,25 +412,59 @@ def open_shards(folder: Place | str, family: Family, split: Split) -> ShardReade
     Indexes are fetched now, and a remote tar at the first read of a member. Raises `UserError` when
     the folder has no such split, a tar has no index, or the two disagree.
     """
-    folder = place(folder)
+    reader, _ = open_sources([folder], family, split)
+    return reader
+
+
+def open_sources(
+    folders: Sequence[Place | str], family: Family, split: Split
+) -> tuple[ShardReader, list[int]]:
+    """Open a split of several folders as one, and say how many samples each of them has.
+
+    Row numbers run through the folders in order. Raises `UserError` as `open_shards` does.
+    """
     if split not in FAMILY_SPLITS.get(family, ()):
         raise ValueError(f"no split '{split}' in family '{family}'")
-    manifest = read_manifest(folder, "shards") if is_file(folder / FILE_NAME) else None
+    places = [place(folder) for folder in folders]
+    manifests = [
+        read_manifest(folder, "shards") if is_file(folder / FILE_NAME) else None
+        for folder in places
+    ]
+    tars = [
+        _tars_of_split(folder, family, split, manifest)
+        for folder, manifest in zip(places, manifests, strict=True)
+    ]
+    reader = ShardReader([tar for some in tars for tar in some], family)
+    ends = np.cumsum([len(some) for some in tars])
+    sizes = [
+        sum(reader.shard_sizes[end - len(some) : end])
+        for some, end in zip(tars, ends.tolist(), strict=True)
+    ]
+    for folder, manifest, size in zip(places, manifests, sizes, strict=True):
+        if manifest is not None:
+            _check_count(folder, split, manifest, size)
+    return reader, sizes
+
+
+def _tars_of_split(
+    folder: Place, family: Family, split: Split, manifest: Manifest | None
+) -> list[Place]:
     tars = _find_tars(folder, family, manifest)
     wanted = [tar for tar in tars if _split_of(tar) == split]
     if not wanted:
         found = ", ".join(sorted({_split_of(tar) for tar in tars})) or "none"
         raise UserError(f"{folder}: no {family} shards of split '{split}'; found {found}")
-    reader = ShardReader(wanted, family)
-    if manifest is not None:
-        details = manifest.details
-        samples = details["catalog"] if split == "catalog" else details["splits"][split]["contents"]
-        if len(reader) != samples:
-            raise UserError(
-                f"{folder}: the manifest counts {samples} samples of split '{split}', and the shards "
-                f"that are there hold {len(reader)}; make the shards anew with data_prep/make_shards.py"
-            )
-    return reader
+    return wanted
+
+
+def _check_count(folder: Place, split: Split, manifest: Manifest, found: int) -> None:
+    details = manifest.details
+    samples = details["catalog"] if split == "catalog" else details["splits"][split]["contents"]
+    if found != samples:
+        raise UserError(
+            f"{folder}: the manifest counts {samples} samples of split '{split}', and the shards "
+            f"that are there hold {found}; make the shards anew with data_prep/make_shards.py"
+        )
 
 
 def _split_of(tar: Place) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from mmrec.model.towers import build_tokenizer, build_towers
 from mmrec.model.widths import Views, check_widths, truncate
 
 Side = Literal["content", "product"]
+TowerOutputs = dict[Side, tuple[Float[Tensor, "_N D"], Float[Tensor, "_M D"]]]
+"""What the towers give for a side's pictures and for its titles: those that are there, in row order."""
 
 VIEWS: dict[Side, tuple[str, str, str]] = {
     "content": ("content", "video", "content_title"),
@@ -166,22 +168,27 @@ class Encoder(nn.Module):
         hold_frozen(self)
         return self
 
-    def forward(self, batch: PairBatch) -> tuple[Views, Float[Tensor, ""]]:
+    def forward(self, batch: PairBatch | None) -> tuple[Views, Float[Tensor, ""]]:
         """Every view of both sides of a batch of training rows, and the scale.
 
-        The scale comes out of here, not of the attribute, so that DDP sees it used.
+        The scale comes out of here, not of the attribute, so that DDP sees it used. Without a batch there
+        is nothing but the scale: enough for DDP to reduce gradients that were added up without it.
         """
         scale = self.scale
         if self.logit_bias is not None:
             # The loss reads the bias from the attribute; DDP must find it behind an output.
             scale = scale + 0 * self.logit_bias
-        return self._views({"content": batch.content, "product": batch.product}), scale
+        sides: dict[Side, ItemBatch] = {}
+        if batch is not None:
+            sides = {"content": batch.content, "product": batch.product}
+        return self.views_of(sides, self.tower_outputs(sides)), scale
 
     def views(self, items: ItemBatch, side: Side) -> Views:
         """The views of one side: pictures alone, title alone, and both fused."""
-        return self._views({side: items})
+        return self.views_of({side: items}, self.tower_outputs({side: items}))
 
-    def _views(self, sides: dict[Side, ItemBatch]) -> Views:
+    def tower_outputs(self, sides: Mapping[Side, ItemBatch]) -> TowerOutputs:
+        """Run all pictures and titles of both sides, or of one, through their towers."""
         # Padding is left out before the towers: it costs nothing, and never reaches batch statistics.
         pictures = self._run(
             {"content": self.image_tower, "product": self.product_image_tower},
@@ -191,11 +198,27 @@ class Encoder(nn.Module):
             {"content": self.text_tower, "product": self.product_text_tower},
             {side: items.tokens[items.text_mask] for side, items in sides.items()},
         )
+        return {side: (pictures[side], texts[side]) for side in sides}
+
+    def picture_features(
+        self, pictures: UInt8[Tensor, "N 3 H W"], side: Side
+    ) -> Float[Tensor, "N D"]:
+        """Some pictures of one side through its tower."""
+        own = self.product_image_tower if side == "product" else None
+        return self._run_one(own or self.image_tower, self.normalise_pixels(pictures))
+
+    def title_features(self, tokens: Int[Tensor, "N L"], side: Side) -> Float[Tensor, "N D"]:
+        """Some titles of one side through its tower."""
+        own = self.product_text_tower if side == "product" else None
+        return self._run_one(own or self.text_tower, tokens)
+
+    def views_of(self, sides: Mapping[Side, ItemBatch], outputs: TowerOutputs) -> Views:
+        """Pool and fuse what the towers gave."""
         views: Views = {}
         for side, items in sides.items():
-            frames = _scatter(normalize(pictures[side], dim=-1), items.image_mask)  # (B, T, D)
+            frames = _scatter(normalize(outputs[side][0], dim=-1), items.image_mask)  # (B, T, D)
             images = self._pool(side, frames, items.image_mask)  # (B, D)
-            titles = _scatter(normalize(texts[side], dim=-1), items.text_mask)  # (B, D)
+            titles = _scatter(normalize(outputs[side][1], dim=-1), items.text_mask)  # (B, D)
             has_images = items.image_mask.any(1)
             present = torch.stack([has_images, items.text_mask], dim=1)  # (B, 2)
             fused = self.gates[side](torch.stack([images, titles], dim=1), present)

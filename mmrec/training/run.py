@@ -122,7 +122,7 @@ def _value(hint: Any, value: Any, path: Path) -> Any:
     if is_dataclass(hint):
         return _from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple:
-        return tuple(value)
+        return tuple(_value(typing.get_args(hint)[0], part, path) for part in value)
     return Path(value) if hint is Path else value
 
 

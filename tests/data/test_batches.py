@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -165,12 +166,26 @@ def test_crops_stay_inside_the_picture(shape: tuple[int, int]) -> None:
         assert width >= 1
 
 
+@pytest.mark.parametrize("shape", [(256, 341), (100, 100), (60, 200)])
+def test_crops_are_as_large_as_torchvisions(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    config = AugmentConfig(min_scale=0.7)
+    ours = [View.draw(config, rng).box(*shape) for _ in range(2000)]
+    torch.manual_seed(0)
+    image = torch.empty(3, *shape)
+    ratio = (1 / config.max_aspect, config.max_aspect)
+    theirs = [RandomResizedCrop.get_params(image, [0.7, 1.0], list(ratio)) for _ in range(2000)]
+    for side in (2, 3):
+        found, expected = (np.mean([box[side] for box in boxes]) for boxes in (ours, theirs))
+        assert found == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 def test_crops_are_resized_as_torchvision_does(mode: str) -> None:
     rng = np.random.default_rng(0)
     # As decoders give pictures: channels innermost.
     image = torch.from_numpy(rng.integers(0, 256, (50, 70, 3), np.uint8)).permute(2, 0, 1)
-    view = View(scale=0.5, aspect=1.2, top=0.3, left=0.9, flip=False, color=(1.0, 1.0, 1.0))
+    view = View(crops=((0.5, 1.2),), max_aspect=2.0, top=0.3, left=0.9)
     preprocess = Preprocess(size=24, interpolation=mode)  # pyright: ignore[reportArgumentType]
     expected = F.resized_crop(
         image.contiguous(),

@@ -125,7 +125,7 @@ def test_turning_and_erasing_leave_the_mean_behind() -> None:
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     image[0] = 200
     preprocess = Preprocess(size=32)
-    plain = View(scale=1.0, aspect=1.0, top=0.0, left=0.0, flip=False, color=(1.0, 1.0, 1.0))
+    plain = View(crops=((1.0, 1.0),), max_aspect=2.0, top=0.0, left=0.0)
     turned = View(**{**vars(plain), "angle": 30.0})
     # A picture of one colour all over looks the same from any side.
     red = preprocess.augmented(image, turned)[0].float()
