@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, load_program
 from safetensors.torch import load_file
 
+from mmrec.data.shards import open_shards
 from mmrec.errors import UserError
 from mmrec.training.checkpoints import list_checkpoints, read_progress
 from mmrec.training.run import read_metrics
@@ -127,7 +128,7 @@ def test_a_nan_stops_the_run_names_its_batch_and_saves_nothing_bad(
     bad = json.loads((config.out / "bad_batch.json").read_text())
     assert (bad["step"], bad["epoch"], bad["batch"]) == (4, 1, 0)
     assert bad["samples"] == seen[-1]
-    ids = program.open_shards(tiny_shards, "contents", "train").content_ids
+    ids = open_shards(tiny_shards, "contents", "train").content_ids
     assert bad["content_ids"] == [ids[i] for i in seen[-1]]
     assert steps_of(config.out) == ["step-00000002"]
     assert all(part.isfinite().all() for part in weights_of(config.out).values())
