@@ -442,6 +442,7 @@ def test_outputs_do_not_swallow_inputs(tiny_tables: Path, tiny_shards: Path) -> 
         ({"sampler": {"window_shards": 0}}, r"--sampler\.window-shards 0"),
         ({"augment": {"early_size": 8}}, "expected at least 16"),
         ({"augment": {"late_size": 8}}, "expected at least 16"),
+        ({"loss": {"logq": 1.0}, "sampler": {"group_by": "category"}}, "is not known with"),
         ({"augment": {"mix": 0.5}, "loss": {"positives": "diagonal"}}, "shows several products"),
     ],
 )

@@ -257,6 +257,11 @@ def check(config: TrainConfig) -> Path | None:
     for name, (value, least) in limits.items():
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if config.loss.logq and (config.sampler.source_weights or config.sampler.group_by):
+        raise UserError(
+            "--loss.logq: how often a product is drawn is not known with --sampler.source-weights or "
+            "--sampler.group-by; leave one of them out"
+        )
     if config.augment.mix and (config.loss.positives != "shared" or config.objectives.video_title):
         raise UserError(
             "--augment.mix: what is mixed shows several products, which --loss.positives shared alone "
