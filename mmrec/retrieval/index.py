@@ -1,59 +1,64 @@
-"""ProductIndex: which products lie nearest to a query, by inner product, on FAISS.
+"""ProductIndex: which products lie nearest to a query, by inner product, on FAISS; changed while it serves.
 
 Shape letters: Q queries, N products, K matches, D embedding width.
 
-On disk an index is a folder of generations, of which `CURRENT` names the live one:
-
-    manifest.json                           kind "index"
-    CURRENT                                 000001
-    generations/000001/base.faiss           the FAISS index, always a CPU one
-    generations/000001/products.parquet     product_id and attributes, in the base's row order
-    generations/000001/generation.json      factory, width, count; size and hash of the files above
-
-A generation is never changed. What FAISS calls an id is a row of the base, and no row leaves this
-module: callers hand in product ids and get product ids.
+An index is an immutable base, a small delta of later upserts, and tombstones; see view.py for how they
+are searched, generations.py and changes.py for how they lie on disk. What FAISS calls an id is a row, and
+no row leaves these modules: callers hand in product ids and get product ids.
 """
 
-import json
-import re
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import IO, Any, Literal
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64
 
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
     Parent,
+    check_output,
     fingerprint_of,
-    hash_file,
     new_folder,
     read_manifest,
-    write_manifest,
 )
-
-Device = Literal["auto", "cpu", "cuda"]
-
-FIRST_GENERATION = "000001"
-_BASE, _PRODUCTS, _RECORD = "base.faiss", "products.parquet", "generation.json"
-
-# Unit length as float16 and bfloat16 can hold it; what is further off was never normalised.
-_LENGTH_TOLERANCE = 0.01
-# FAISS refuses a larger k on a GPU; such a search runs on the CPU.
-_MAX_GPU_K = 2048
-# FAISS's own defaults (one list, 16 candidates) find too little; tuning replaces these.
-_PROBED_SHARE = 8
-_HNSW_CANDIDATES = 64
-# The kinds of index that keep every vector as it was given.
-_LOSSLESS = (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)
+from mmrec.retrieval.base import Base, base_in_memory, narrowed, open_live_base, write_files
+from mmrec.retrieval.changes import Change, read_changes, write_change
+from mmrec.retrieval.drift import IndexStatus, status_of
+from mmrec.retrieval.faiss_base import (
+    build_base,
+    carried_over,
+    imbalance_of,
+    keeps_vectors,
+    list_numbers,
+    list_sizes,
+    quantization_error,
+    reason_of,
+)
+from mmrec.retrieval.generations import (
+    CURRENT,
+    Generation,
+    finish_generation,
+    live_generation,
+    lock_writer,
+    next_generation,
+)
+from mmrec.retrieval.gpu import Device
+from mmrec.retrieval.intake import (
+    checked_indexed,
+    checked_queries,
+    checked_vectors,
+    fitted_attributes,
+    joined_attributes,
+    name_ids,
+)
+from mmrec.retrieval.view import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,40 +71,27 @@ class SearchResult:
     """The inner products of the same matches; -inf past the end of a shorter row of ids."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What `generation.json` holds."""
-
-    factory: str
-    width: int
-    count: int
-    files: dict[str, dict[str, Any]]
-    """For each file its size in `bytes` and its `sha256`."""
-    metric: str = "inner_product"
-
-
 class ProductIndex:
     """An index of product vectors, joined to ids and attributes.
 
-    Made by `build` or `load`. Searching from several threads at once is safe.
+    Made by `build` or `load`. Searching from several threads at once is safe, also while another thread
+    upserts, deletes, compacts or refreshes. A saved index has one writer at a time: the first change
+    makes this object the writer until `close`, or the end of a `with` block.
     """
 
-    def __init__(
-        self, base: Any, products: pa.Table, *, factory: str, manifest: Manifest | None = None
-    ) -> None:
-        """Join a FAISS index to a table in its row order; for `build` and `load` to call."""
-        self.factory = factory
-        self.products = products
-        """product_id and the attributes, one row for each product."""
-        self.ids: list[str] = products["product_id"].to_pylist()
+    def __init__(self, base: Base, *, manifest: Manifest | None = None) -> None:
+        """Take a base as it is; for `build` and `load` to call."""
         self.manifest = manifest
         """None until the index is saved."""
-        self.device: Literal["cpu", "cuda"] = "cpu"
-        """Where searches run."""
-        self._base = base
-        self._searcher = base
-        self._rows = {product_id: row for row, product_id in enumerate(self.ids)}
-        self._lock = threading.Lock()
+        self._view = View.of(base)
+        self._facts: list[dict[str, Any]] = []
+        self._list_sizes: Int64[np.ndarray, " L"] | None = None
+        self._folder: Path | None = None
+        self._device: Device = "cpu"
+        self._changing = threading.RLock()
+        self._writer: IO[str] | None = None
+
+    # ------------------------------------------------------------------------- building and opening
 
     @classmethod
     def build(
@@ -109,26 +101,48 @@ class ProductIndex:
         *,
         factory: str = "Flat",
         attributes: pa.Table | None = None,
+        indexed_width: int | None = None,
+        keep_vectors: bool = False,
+        rerank: bool = False,
+        key: str = "product_id",
     ) -> "ProductIndex":
         """Index unit-length vectors, in memory.
 
         `factory` is a FAISS factory string: "Flat" is exact; "HNSW32", "IVF64,Flat" and
         "IVF64,PQ16" trade recall for speed or memory, and are trained on the vectors where they
-        need training. `attributes` has a product_id column that holds every id, in any order.
+        need training. `attributes` has a product_id column (or `key`) that holds every id, in any
+        order. `indexed_width` indexes the leading components alone, for vectors trained to be cut
+        (Matryoshka); `keep_vectors` keeps all of them as float16 beside the index, and `rerank` does
+        and scores matches again by them.
 
         Raises `UserError`, naming ids, for duplicate ids and for vectors that are not finite or not
         of unit length; for products without a row of attributes; and for a factory string that
         FAISS does not know, or that needs more vectors to train on.
         """
-        vectors = _checked_vectors(ids, vectors)
-        products = _join_attributes(ids, attributes)
-        return cls(_build_base(vectors, factory), products, factory=factory)
+        vectors = checked_vectors(ids, vectors)
+        width = vectors.shape[1]
+        indexed = checked_indexed(ids, vectors, indexed_width or width)
+        products = joined_attributes(ids, attributes, key)
+        index = build_base(indexed, factory)
+        record = Generation(
+            factory=factory,
+            width=width,
+            indexed_width=indexed.shape[1],
+            count=len(ids),
+            key=key,
+            rerank=rerank,
+            quantization_error=quantization_error(index, indexed) or 0.0,
+            imbalance=imbalance_of(list_sizes(index)),
+            files={},
+        )
+        store = vectors.astype(np.float16) if keep_vectors or rerank else None
+        return cls(base_in_memory(record, index, products, store))
 
     @classmethod
     def load(
         cls, folder: Path | str, *, device: Device = "auto", verify: bool = False
     ) -> "ProductIndex":
-        """Open a saved index.
+        """Open a saved index: its files are mapped, not read, and all changes since are applied.
 
         `device`: "cpu"; "cuda" for a copy on every GPU; "auto" for that where there is a GPU and
         it takes this kind of index, and else the CPU. `verify` reads the files once more to compare
@@ -138,19 +152,12 @@ class ProductIndex:
         when "cuda" is asked for and cannot be had.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder, "index")
-        generation = _live_generation(folder)
-        record = _read_record(generation, verify=verify)
-        base = _read_base(generation / _BASE)
-        products = _read_products(generation / _PRODUCTS)
-        if (base.d, base.ntotal, len(products)) != (record.width, record.count, record.count):
-            raise UserError(
-                f"{generation}: {_RECORD} says {record.count} vectors of width {record.width}, but "
-                f"{_BASE} holds {base.ntotal} of width {base.d}, {_PRODUCTS} {len(products)} rows"
-            )
-        index = cls(base, products, factory=record.factory, manifest=manifest)
-        index._move(device)
-        return index
+        read_manifest(folder, "index")
+        base, manifest = open_live_base(folder, device, verify=verify)
+        opened = cls(base, manifest=manifest)
+        opened._folder, opened._device = folder, device
+        opened._read_on()
+        return opened
 
     def save(
         self,
@@ -162,63 +169,122 @@ class ProductIndex:
         details: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> Manifest:
-        """Publish the index as a folder whose first generation is all of it.
+        """Publish the index as a folder, and go on as one that was opened there.
 
-        `details` go into the manifest, for what was measured of this index. Raises `UserError` when
-        `out` is there already and is not to be overwritten.
+        Over an index that is there already (`overwrite`) it becomes the next generation, so that
+        readers of the old one go on. `details` go into the manifest, for what was measured of this
+        index. Raises `UserError` when `out` is there and is not to be overwritten, and when another
+        writer holds it.
         """
-        with new_folder(out, kind="index", overwrite=overwrite) as folder:
-            generation = folder / "generations" / FIRST_GENERATION
-            generation.mkdir(parents=True)
-            with self._lock:
-                record = self._write_generation(generation)
-            (folder / "CURRENT").write_text(f"{FIRST_GENERATION}\n", encoding="utf-8")
-            manifest = Manifest(
-                kind="index",
-                config=dict(config or {}),
-                counts=dict(counts or {"out": len(self)}),
-                fingerprint=fingerprint_of(
-                    {name: file["sha256"] for name, file in record.files.items()}
-                ),
-                parents=list(parents),
-                details={"factory": self.factory, "width": self.width, **(details or {})},
-            )
-            write_manifest(folder, manifest)
-        self.manifest = manifest
+        out = Path(out)
+        check_output(out, kind="index", overwrite=overwrite)
+        with self._changing, ExitStack() as stack:
+            base = self._folded()
+            replaces = (out / CURRENT).is_file()
+            if replaces and not (self._writer and out.samefile(self._folder or out)):
+                stack.enter_context(lock_writer(out))
+            home = out if replaces else stack.enter_context(new_folder(out, kind="index"))
+            with next_generation(home) as generation:
+                record = write_files(generation, base)
+                manifest = Manifest(
+                    kind="index",
+                    config=dict(config or {}),
+                    counts=dict(counts or {"out": len(self)}),
+                    fingerprint=fingerprint_of(
+                        {name: file["sha256"] for name, file in record.files.items()}
+                    ),
+                    parents=list(parents),
+                    details={
+                        "factory": self.factory,
+                        "width": self.width,
+                        **({"key": self.key} if self.key != "product_id" else {}),
+                        **(details or {}),
+                    },
+                )
+                finish_generation(generation, record, manifest)
+        with self._changing:
+            if self._folder is None or not self._folder.samefile(out):
+                self.close()
+            self._folder = out
+            self._open_live()
         return manifest
+
+    def close(self) -> None:
+        """Stop being the writer; the index can still be searched, and another may change it."""
+        with self._changing:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+    def __enter__(self) -> "ProductIndex":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------- what it holds
 
     def __len__(self) -> int:
         """The number of products."""
-        return len(self.ids)
+        return len(self._view)
+
+    @property
+    def factory(self) -> str:
+        """The FAISS factory string that it was built with."""
+        return self._record.factory
 
     @property
     def width(self) -> int:
-        """D, the width of its vectors."""
-        return self._base.d
+        """D, the width of its vectors and of queries."""
+        return self._record.width
 
-    def search(self, queries: Float[np.ndarray, "Q D"], k: int) -> SearchResult:
-        """The k products of highest inner product with each query; k is cut to N.
+    @property
+    def key(self) -> str:
+        """The name of the id column: product_id, or content_id in an index of contents."""
+        return self._record.key
 
-        Raises `UserError` for k < 1, and for queries of another width or that are not finite.
-        """
-        if k < 1:
-            raise UserError(f"k is {k}; expected at least 1")
-        queries = self._checked_queries(queries)
-        k = min(k, len(self))
-        if self.device == "cuda" and k <= _MAX_GPU_K:
-            with self._lock:  # a GPU index has one scratch space for all threads
-                scores, rows = self._searcher.search(queries, k)
-        else:
-            scores, rows = self._base.search(queries, k)
-        # FAISS fills up with row -1 where an approximate index found fewer than k.
-        ids = [[self.ids[row] for row in found if row >= 0] for found in rows.tolist()]
-        return SearchResult(ids=ids, scores=np.where(rows >= 0, scores, np.float32(-np.inf)))
+    @property
+    def rerank(self) -> bool:
+        """Whether matches are scored again at full width unless a search says otherwise."""
+        return self._record.rerank
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where searches run."""
+        return self._view.base.device
+
+    @property
+    def keeps_vectors(self) -> bool:
+        """Whether `vectors` gives back exactly what was indexed."""
+        record = self._record
+        return record.indexed_width == record.width and keeps_vectors(self._view.base.index)
+
+    @property
+    def ids(self) -> list[str]:
+        """Every product's id: a list made on each call."""
+        view = self._view
+        old = view.base.keys.take(view.live_rows()).tolist()
+        return old + view.delta.ids[view.delta.live_rows()].tolist()
+
+    @property
+    def products(self) -> pa.Table:
+        """Id and attributes of every product, in the order of `ids`: a table made on each call."""
+        return self._view.products()
+
+    def __contains__(self, product_id: str) -> bool:
+        return bool(self._view.rows_of([product_id])[0] >= 0)
 
     def attributes(self, product_id: str) -> dict[str, Any]:
         """A product's title and other columns. Raises `UserError` for an id that is not here."""
-        (row,) = self._rows_of([product_id])
-        columns = self.products.slice(row, 1).to_pylist()[0]
-        del columns["product_id"]
+        view = self._view
+        (row,) = _rows_of(view, [product_id])
+        columns = view.attributes(int(row))
+        del columns[self.key]
         return columns
 
     def vectors(self, ids: Sequence[str]) -> Float32[np.ndarray, "Q D"]:
@@ -226,74 +292,231 @@ class ProductIndex:
 
         Raises `UserError` for an id that is not here, and for an index that keeps no vectors.
         """
-        rows = self._rows_of(ids)
+        view, record = self._view, self._record
+        rows = _rows_of(view, ids)
+        if record.indexed_width < record.width and view.base.store is None:
+            raise UserError(
+                f"this index keeps {record.indexed_width} of {record.width} components and gives no "
+                "vectors back; build it with --rerank"
+            )
         try:
-            with self._lock:
-                core = _core(self._base)
-                if isinstance(core, faiss.IndexIVF):
-                    core.make_direct_map()  # where each vector lies; a second call does nothing
-                return self._base.reconstruct_batch(rows)
+            return view.vectors(rows)
         except RuntimeError as error:
             raise UserError(
                 f"an index of factory '{self.factory}' does not give its vectors back "
-                f"({_reason(error)})"
+                f"({reason_of(error)})"
             ) from None
+
+    def status(self) -> IndexStatus:
+        """Counts, drift since the build, and what should be done about it."""
+        with self._changing:
+            view = self._view
+            held = view.base.path
+            return status_of(
+                self._record,
+                self._facts,
+                generation=held.parent.name if held else "in memory",
+                delta=len(view.delta),
+                tombstones=view.num_dead,
+            )
 
     @property
-    def keeps_vectors(self) -> bool:
-        """Whether `vectors` gives back exactly what was indexed."""
-        return isinstance(self._base, _LOSSLESS)
+    def _record(self) -> Generation:
+        return self._view.base.record
 
-    def _move(self, device: Device) -> None:
-        """Derive the copy that searches run on; the CPU index stays the master."""
-        num_gpus = faiss.get_num_gpus()
-        if device == "cpu" or (device == "auto" and not num_gpus):
+    # ----------------------------------------------------------------------------------- searching
+
+    def search(
+        self,
+        queries: Float[np.ndarray, "Q D"],
+        k: int,
+        *,
+        where: str | None = None,
+        rerank: bool | None = None,
+    ) -> SearchResult:
+        """The k products of highest inner product with each query; k is cut to what there is.
+
+        `where` is a condition on the attributes, such as "price < 30 and category = 'shoes'": see
+        filters.py. What few products meet is searched exactly, where vectors are kept. `rerank`
+        scores matches again by vectors at full width.
+
+        Raises `UserError` for k < 1, for queries of another width or that are not finite, for a
+        condition that cannot be understood, and for `rerank` where no vectors are kept for it.
+        """
+        if k < 1:
+            raise UserError(f"k is {k}; expected at least 1")
+        view = self._view
+        queries = checked_queries(queries, view.base.record.width)
+        rerank = view.base.record.rerank if rerank is None else rerank
+        if rerank and view.base.store is None:
+            raise UserError("this index keeps no vectors to score by; build it with --rerank")
+        selection = view.select(where) if where is not None else None
+        scores, rows = view.search(queries, k, selection=selection, rerank=rerank)
+        return SearchResult(ids=_ids_of(view, rows), scores=scores)
+
+    # ------------------------------------------------------------------------------------ changing
+
+    def upsert(
+        self,
+        ids: Sequence[str],
+        vectors: Float[np.ndarray, "N D"],
+        attributes: pa.Table | None = None,
+    ) -> None:
+        """Add products, or replace those that are here; on the disk when this returns.
+
+        `attributes` holds a row for each id, as in `build`; a column that it lacks is null, a new
+        column is added. Without it products that are here keep theirs.
+
+        Raises `UserError`, naming ids, for what `build` refuses; for a column of another type than it
+        has here; and while another writer holds the index. Nothing is changed then.
+        """
+        if not len(ids):
             return
-        if not num_gpus:
-            raise UserError("device is 'cuda', but FAISS finds no GPU here; use 'auto' or 'cpu'")
-        try:
-            self._searcher = faiss.index_cpu_to_all_gpus(self._base)
-        except RuntimeError as error:
-            if device == "auto":
-                return
-            raise UserError(
-                f"an index of factory '{self.factory}' cannot be moved to the GPU "
-                f"({_reason(error)}); use 'auto' or 'cpu'"
-            ) from None
-        self.device = "cuda"
+        vectors = checked_vectors(ids, vectors, width=self.width)
+        indexed = checked_indexed(ids, vectors, self._record.indexed_width)
+        with self._changing:
+            self._become_writer()
+            if attributes is None:
+                products = self._known_attributes(ids)
+            else:
+                products = joined_attributes(ids, attributes, self.key)
+            products = fitted_attributes(products, self._schema())
+            facts = self._measured(indexed)
+            self._change(Change(kind="upsert", products=products, vectors=vectors, facts=facts))
 
-    def _rows_of(self, ids: Sequence[str]) -> Int64[np.ndarray, " Q"]:
-        missing = [product_id for product_id in ids if product_id not in self._rows]
-        if missing:
-            raise UserError(f"not in this index of {len(self)} products: {_name(missing)}")
-        return np.array([self._rows[product_id] for product_id in ids], np.int64)
+    def delete(self, ids: Sequence[str]) -> int:
+        """Take products out; on the disk when this returns. Ids that are not here are passed over.
 
-    def _checked_queries(self, queries: np.ndarray) -> Float32[np.ndarray, "Q D"]:
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise UserError(
-                f"queries have shape {queries.shape}; this index expects (Q, {self.width})"
-            )
-        queries = np.ascontiguousarray(queries, np.float32)
-        bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
-        if len(bad):
-            raise UserError(f"{len(bad)} queries hold NaN or infinity; the first is row {bad[0]}")
-        return queries
+        Returns how many were here. Raises `UserError` while another writer holds the index.
+        """
+        with self._changing:
+            self._become_writer()
+            rows = self._view.rows_of(ids)
+            here = list(dict.fromkeys(np.array(ids, object)[rows >= 0].tolist()))
+            if here:
+                gone = pa.table({self.key: pa.array(here, pa.string())})
+                self._change(Change(kind="delete", products=gone))
+            return len(here)
 
-    def _write_generation(self, folder: Path) -> Generation:
-        core = _core(self._base)
-        if isinstance(core, faiss.IndexIVF):
-            # What `vectors` leaves behind; equal indexes are to have equal bytes.
-            core.set_direct_map_type(faiss.DirectMap.NoMap)  # pyright: ignore
-        faiss.write_index(self._base, str(folder / _BASE))
-        pq.write_table(self.products, folder / _PRODUCTS)
-        files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
-            for name in (_BASE, _PRODUCTS)
-        }
-        record = Generation(factory=self.factory, width=self.width, count=len(self), files=files)
-        text = json.dumps(asdict(record), indent=2)
-        (folder / _RECORD).write_text(text + "\n", encoding="utf-8")
-        return record
+    def compact(self) -> bool:
+        """Make a new generation whose base holds everything, without tombstones.
+
+        Codes are carried over and nothing is trained. Searches go on meanwhile, changes wait.
+        Returns whether there was anything to do. Raises `UserError` while another writer holds the
+        index.
+        """
+        with self._changing:
+            self._become_writer()
+            base = self._folded()
+            if base is self._view.base:
+                return False
+            if self._folder is None:
+                self._take(base, self.manifest)
+                return True
+            with next_generation(self._folder) as generation:
+                assert self.manifest is not None
+                finish_generation(generation, write_files(generation, base), self.manifest)
+            self._open_live()
+            return True
+
+    def refresh(self) -> bool:
+        """See what a writer has changed since; until then this object's answers stay as they are.
+
+        Returns whether anything had changed. Raises `UserError` when the index was built anew with
+        another encoder: queries of the old one do not fit it.
+        """
+        with self._changing:
+            if self._folder is None or self._writer is not None:
+                return False
+            path = self._view.base.path
+            if path is None or live_generation(self._folder) != path.parent:
+                self._open_live()
+                return True
+            return self._read_on()
+
+    def _become_writer(self) -> None:
+        if self._folder is not None and self._writer is None:
+            writer = lock_writer(self._folder)
+            try:
+                self.refresh()
+            except BaseException:
+                writer.close()
+                raise
+            self._writer = writer
+
+    def _change(self, change: Change) -> None:
+        """Write a change, then show it."""
+        path = self._view.base.path
+        if self._folder is not None and path is not None:
+            write_change(path.parent, len(self._facts) + 1, self._record.fingerprint, change)
+        self._show(change)
+
+    def _show(self, change: Change) -> None:
+        self._view = self._view.changed(change)
+        self._facts.append(change.facts)
+
+    def _read_on(self) -> bool:
+        """Apply changes that were written since."""
+        path = self._view.base.path
+        assert path is not None
+        before = len(self._facts)
+        for change in read_changes(path.parent, self._record.fingerprint, after=before):
+            self._show(change)
+        return len(self._facts) > before
+
+    def _open_live(self) -> None:
+        """Go on with the live generation."""
+        assert self._folder is not None
+        base, manifest = open_live_base(self._folder, self._device)
+        _check_same_encoder(self.manifest, manifest, self._folder)
+        self._take(base, manifest)
+        self._read_on()
+
+    def _take(self, base: Base, manifest: Manifest | None) -> None:
+        self._view, self.manifest = View.of(base), manifest
+        self._facts, self._list_sizes = [], None
+
+    def _folded(self) -> Base:
+        """The base with all changes in it: a new one in memory, or as it is where there are none."""
+        view = self._view
+        if not view.num_dead and not view.delta.count:
+            return view.base
+        old, new = view.live_rows(), view.delta.live_rows()
+        added = view.delta.vectors[new]
+        indexed = narrowed(added, self._record.indexed_width)
+        index = carried_over(view.base.index, old, indexed, path=view.base.path)
+        store = view.base.store
+        if store is not None:
+            store = np.concatenate([store[old], added.astype(np.float16)])
+        record = replace(self._record, count=len(view))
+        return base_in_memory(record, index, view.products(), store)
+
+    def _schema(self) -> pa.Schema:
+        """All columns of all products."""
+        schemas = [self._view.base.products.schema, self._view.delta.table.schema]
+        return pa.unify_schemas(schemas, promote_options="permissive")
+
+    def _known_attributes(self, ids: Sequence[str]) -> pa.Table:
+        """What is known of products; of new ones the id alone."""
+        rows = self._view.rows_of(ids).tolist()
+        known = [self._view.attributes(row) if row >= 0 else {} for row in rows]
+        own = [{**columns, self.key: id_} for id_, columns in zip(ids, known, strict=True)]
+        return pa.Table.from_pylist(own, schema=self._schema())
+
+    def _measured(self, indexed: Float32[np.ndarray, "N D"]) -> dict[str, Any]:
+        """How well new vectors fit what the base was trained on."""
+        index = self._view.base.index
+        facts: dict[str, Any] = {"vectors": len(indexed)}
+        if not keeps_vectors(index):
+            facts["quantization_error"] = quantization_error(index, indexed)
+        if self._list_sizes is None:
+            self._list_sizes = list_sizes(index)
+        if len(self._list_sizes):
+            numbers = list_numbers(index, indexed)
+            added = np.bincount(numbers[numbers >= 0], minlength=len(self._list_sizes))
+            self._list_sizes = self._list_sizes + added
+            facts["imbalance"] = imbalance_of(self._list_sizes)
+        return facts
 
 
 def measure_recall(
@@ -311,174 +534,40 @@ def measure_recall(
     """
     if not len(queries):
         raise UserError("recall cannot be measured without queries")
+    ids = index.ids
     if vectors is None:
         if not index.keeps_vectors:
             raise UserError(
                 f"an index of factory '{index.factory}' does not keep its vectors as they were; "
                 "hand measure_recall those that it was built from"
             )
-        vectors = index.vectors(index.ids)
+        vectors = index.vectors(ids)
     found = index.search(queries, k).ids
-    exact = ProductIndex.build(index.ids, vectors).search(queries, k).ids
+    exact = ProductIndex.build(ids, vectors).search(queries, k).ids
     pairs = zip(found, exact, strict=True)
     return float(np.mean([len(set(ours) & set(true)) / len(true) for ours, true in pairs]))
 
 
-# ----------------------------------------------------------------------------------------- building
+def _ids_of(view: View, rows: Int64[np.ndarray, "Q K"]) -> list[list[str]]:
+    """The ids of matches; a row ends where nothing more was found."""
+    if (rows >= 0).all():
+        return view.ids_of(rows.ravel()).reshape(rows.shape).tolist()
+    return [view.ids_of(found[found >= 0]).tolist() for found in rows]
 
 
-def _checked_vectors(ids: Sequence[str], vectors: np.ndarray) -> Float32[np.ndarray, "N D"]:
-    if not len(ids):
-        raise UserError("there are no products to index")
-    if vectors.ndim != 2 or len(vectors) != len(ids) or not vectors.shape[1]:
+def _rows_of(view: View, ids: Sequence[str]) -> Int64[np.ndarray, " Q"]:
+    rows = view.rows_of(ids)
+    if (rows < 0).any():
+        missing = [ids[place] for place in np.flatnonzero(rows < 0).tolist()]
+        raise UserError(f"not in this index of {len(view)} products: {name_ids(missing)}")
+    return rows
+
+
+def _check_same_encoder(before: Manifest | None, now: Manifest, folder: Path) -> None:
+    """Refuse to go on with an index that was built anew in another encoder's space."""
+    old, new = (m.parent("encoder") if m else None for m in (before, now))
+    if old and new and old.fingerprint != new.fingerprint:
         raise UserError(
-            f"vectors have shape {vectors.shape}; expected ({len(ids)}, D), a row for each id"
+            f"{folder}: was built with encoder {old.fingerprint} when it was opened, and is built with "
+            f"{new.fingerprint} now; load it again, with that encoder"
         )
-    twice = [product_id for product_id, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise UserError(f"ids that occur more than once: {_name(twice)}")
-    vectors = np.ascontiguousarray(vectors, np.float32)
-    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-    _refuse(ids, ~np.isfinite(lengths), "vectors with NaN or infinity")
-    _refuse(ids, lengths == 0, "vectors of length zero")
-    _refuse(ids, abs(lengths - 1) > _LENGTH_TOLERANCE, "vectors that are not of unit length")
-    return vectors
-
-
-def _refuse(ids: Sequence[str], bad: Bool[np.ndarray, " N"], what: str) -> None:
-    if bad.any():
-        raise UserError(f"{what}: {_name([ids[row] for row in np.flatnonzero(bad).tolist()])}")
-
-
-def _name(ids: Sequence[str]) -> str:
-    """The first few ids, for a message."""
-    more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-    return ", ".join(f"'{product_id}'" for product_id in ids[:3]) + more
-
-
-def _join_attributes(ids: Sequence[str], attributes: pa.Table | None) -> pa.Table:
-    """A table of product_id and attributes, in the order of `ids`."""
-    id_column = pa.array(ids, pa.string())
-    if attributes is None:
-        return pa.table({"product_id": id_column})
-    if "product_id" not in attributes.column_names:
-        found = ", ".join(attributes.column_names)
-        raise UserError(f"attributes have no column 'product_id'; found {found or 'none'}")
-    known = attributes["product_id"].cast(pa.string()).to_pylist()
-    rows = {product_id: row for row, product_id in enumerate(known)}
-    if len(rows) < len(known):
-        twice = [product_id for product_id, count in Counter(known).items() if count > 1]
-        raise UserError(f"attributes have more than one row for {_name(twice)}")
-    missing = [product_id for product_id in ids if product_id not in rows]
-    if missing:
-        raise UserError(f"attributes have no row for {_name(missing)}")
-    taken = attributes.take([rows[product_id] for product_id in ids])
-    rest = [name for name in attributes.column_names if name != "product_id"]
-    position = taken.column_names.index("product_id")
-    return taken.set_column(position, "product_id", id_column).select(["product_id", *rest])
-
-
-def _build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
-    try:
-        base = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise UserError(
-            f"'{factory}' is not a FAISS factory for inner products of width {vectors.shape[1]} "
-            f"({_reason(error)}); try Flat, HNSW32 or IVF64,Flat"
-        ) from None
-    _set_effort(base)
-    try:
-        base.train(vectors)
-        base.add(vectors)
-    except RuntimeError as error:
-        raise UserError(
-            f"factory '{factory}' cannot be built from {len(vectors)} vectors ({_reason(error)}); "
-            "Flat and HNSW32 need no training and take any number"
-        ) from None
-    return base
-
-
-def _set_effort(base: Any) -> None:
-    """Set what the factory string leaves open; FAISS saves these with the index."""
-    core = _core(base)
-    if hasattr(core, "do_polysemous_training"):
-        # It renumbers a product quantizer's codes for a search by Hamming distance, which is not
-        # done here, and takes nine tenths of the training time.
-        core.do_polysemous_training = False
-    if isinstance(core, faiss.IndexIVF):
-        core.nprobe = max(1, core.nlist // _PROBED_SHARE)
-    if isinstance(core, faiss.IndexHNSW):
-        core.hnsw.efSearch = _HNSW_CANDIDATES
-
-
-def _core(base: Any) -> Any:
-    """The index that holds the vectors, under any transform, id map or refinement."""
-    while True:
-        wrapped = getattr(base, "index", None) or getattr(base, "base_index", None)
-        if wrapped is None:
-            return base
-        base = faiss.downcast_index(wrapped)
-
-
-def _reason(error: Exception) -> str:
-    """FAISS's complaint without the C++ signature and source line before it."""
-    return str(error).rsplit(": ", 1)[-1].strip()
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-def _live_generation(folder: Path) -> Path:
-    path = folder / "CURRENT"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it names the index's live generation")
-    name = path.read_text(encoding="utf-8", errors="replace").strip()
-    generation = folder / "generations" / name
-    if not re.fullmatch(r"\d{6}", name) or not generation.is_dir():
-        raise UserError(f"{path}: names generation '{name[:40]}', which is not in {folder.name}")
-    return generation
-
-
-def _read_record(generation: Path, *, verify: bool) -> Generation:
-    """Read `generation.json` and hold the files beside it against it."""
-    path = generation / _RECORD
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        record = Generation(**json.loads(path.read_text(encoding="utf-8")))
-        expected = {name: record.files[name] for name in (_BASE, _PRODUCTS)}
-        sizes = {name: int(file["bytes"]) for name, file in expected.items()}
-        hashes = {name: str(file["sha256"]) for name, file in expected.items()}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a record that this version reads ({error!r})") from None
-    for name, size in sizes.items():
-        file = generation / name
-        found = file.stat().st_size if file.is_file() else None
-        if found is None:
-            raise UserError(f"{file}: no such file")
-        if found != size:
-            raise UserError(f"{file}: is {found} bytes long, and was saved with {size}")
-        if verify and hash_file(file) != hashes[name]:
-            raise UserError(f"{file}: is not the file that was saved: its SHA-256 differs")
-    return record
-
-
-def _read_base(path: Path) -> Any:
-    try:
-        base = faiss.read_index(str(path))
-    except (RuntimeError, MemoryError) as error:
-        raise UserError(f"{path}: not a FAISS index that can be read ({_reason(error)})") from None
-    if base.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise UserError(f"{path}: is a FAISS index of another metric than inner product")
-    return base
-
-
-def _read_products(path: Path) -> pa.Table:
-    try:
-        products = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        first_line = str(error).split("\n")[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({first_line})") from None
-    if "product_id" not in products.column_names:
-        raise UserError(f"{path}: missing column 'product_id'")
-    return products

@@ -335,7 +335,9 @@ def test_the_folder_and_its_manifest(tmp_path):
         "CURRENT",
         "generations/000001/base.faiss",
         "generations/000001/generation.json",
-        "generations/000001/products.parquet",
+        "generations/000001/keys.npy",
+        "generations/000001/manifest.json",
+        "generations/000001/products.arrow",
         "manifest.json",
     ]
     assert (tmp_path / "index" / "CURRENT").read_text() == "000001\n"
@@ -367,7 +369,7 @@ def test_an_index_is_overwritten_only_on_request(saved):
     assert len(ProductIndex.load(saved)) == 3
 
 
-@pytest.mark.parametrize("name", ["base.faiss", "products.parquet"])
+@pytest.mark.parametrize("name", ["base.faiss", "products.arrow", "keys.npy"])
 def test_damaged_files_are_named(name, saved):
     path = generation_of(saved) / name
     whole = path.read_bytes()
@@ -375,7 +377,7 @@ def test_damaged_files_are_named(name, saved):
     with pytest.raises(UserError, match=f"{name}: is {len(whole) - 50} bytes long"):
         ProductIndex.load(saved)
     path.write_bytes(b"\x07" * len(whole))
-    with pytest.raises(UserError, match=f"{name}: not a .* that can be read"):
+    with pytest.raises(UserError, match=f"{name}: not an? .* that can be read"):
         ProductIndex.load(saved)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match=f"{name}: is not the file that was saved"):

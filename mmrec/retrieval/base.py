@@ -1,0 +1,190 @@
+"""Base: the immutable part of a generation, in memory or mapped from its files.
+
+Shape letters: Q queries, N rows, M rows asked for, K matches, D width, I indexed width.
+"""
+
+import threading
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float16, Float32, Int64
+
+from mmrec.errors import UserError
+from mmrec.manifest import Manifest, read_manifest
+from mmrec.retrieval.faiss_base import keeps_vectors, read_base, reconstruct, write_base
+from mmrec.retrieval.generations import (
+    BASE,
+    KEYS,
+    PRODUCTS,
+    RECORD,
+    VECTORS,
+    Generation,
+    describe_files,
+    hold_live_generation,
+    read_record,
+)
+from mmrec.retrieval.gpu import MAX_K, Device, copy_to_gpu
+from mmrec.retrieval.keys import Keys, order_keys
+
+Found = tuple[Float32[np.ndarray, "Q K"], Int64[np.ndarray, "Q K"]]
+"""Scores and rows, best first; where nothing more was found -inf and row -1."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Base:
+    """The immutable part of a generation, in memory or mapped from its files."""
+
+    record: Generation
+    index: Any
+    """The FAISS index, on the CPU."""
+    keys: Keys
+    products: pa.Table
+    """Id and attributes, in the index's row order."""
+    store: Float16[np.ndarray, "N D"] | None = None
+    """Vectors at full width, where they are kept beside the index."""
+    path: Path | None = None
+    """The file that the index is mapped from; None while it is in memory alone."""
+    held: IO[bytes] | None = None
+    """Keeps the generation from being removed for as long as this object lives."""
+    searcher: Any = None
+    """A copy on the GPU, where there is one."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    filters: dict[tuple[str, ...], Bool[np.ndarray, " N"]] = field(default_factory=dict)
+    """The last filters and the rows that meet them."""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where searches run."""
+        return "cpu" if self.searcher is None else "cuda"
+
+    def search(self, queries: Float32[np.ndarray, "Q I"], k: int) -> Found:
+        """The k nearest rows, dead ones too."""
+        if self.searcher is None or k > MAX_K:
+            return self.index.search(queries, k)
+        with self.lock:  # a GPU index has one scratch space for all threads
+            return self.searcher.search(queries, k)
+
+    def vectors(self, rows: Int64[np.ndarray, " M"]) -> Float32[np.ndarray, "M D"]:
+        """The vectors of rows, at full width where a store keeps them, else as the index has them."""
+        if self.store is not None:
+            return self.store[rows].astype(np.float32)
+        with self.lock:
+            return reconstruct(self.index, rows)
+
+    def indexed_vectors(self, rows: Int64[np.ndarray, " M"]) -> Float32[np.ndarray, "M I"]:
+        """The vectors of rows at the indexed width, the best that there are."""
+        if keeps_vectors(self.index) or self.store is None:
+            with self.lock:
+                return reconstruct(self.index, rows)
+        return narrowed(self.store[rows].astype(np.float32), self.record.indexed_width)
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether rows can be compared one by one, by vectors that were not compressed."""
+        return self.store is not None or keeps_vectors(self.index)
+
+
+def base_in_memory(
+    record: Generation,
+    index: Any,
+    products: pa.Table,
+    store: Float16[np.ndarray, "N D"] | None = None,
+) -> Base:
+    """A base that is not on the disk."""
+    ids = _column(products)
+    keys = Keys(ids, order_keys(ids.to_pylist()))
+    return Base(record=record, index=index, keys=keys, products=products, store=store)
+
+
+def write_files(generation: Path, base: Base) -> Generation:
+    """Write a base's files into a generation's folder; returns its record, with their hashes."""
+    write_base(base.index, generation / BASE)
+    with pa.OSFile(str(generation / PRODUCTS), "wb") as file:
+        products = base.products.replace_schema_metadata(None)
+        with pa.ipc.new_file(file, products.schema) as writer:
+            # In one piece, so that ids and rows are found without looking for theirs.
+            writer.write_table(products.combine_chunks(), max_chunksize=max(1, len(products)))
+    np.save(generation / KEYS, base.keys.order, allow_pickle=False)
+    if base.store is not None:
+        np.save(generation / VECTORS, base.store, allow_pickle=False)
+    return replace(base.record, files=describe_files(generation))
+
+
+def open_live_base(
+    folder: Path, device: Device, *, cagra: bool = False, verify: bool = False
+) -> tuple[Base, Manifest]:
+    """Map the live generation of an index, hold it, and copy it to the GPU where that is asked for.
+
+    Raises `UserError` naming the file that is not what was saved.
+    """
+    generation, held = hold_live_generation(folder)
+    record = read_record(generation, verify=verify)
+    index = read_base(generation / BASE)
+    products = _read_products(generation / PRODUCTS, record.key)
+    order = _read_array(generation / KEYS, np.uint64, (2, record.count))
+    store = None
+    if VECTORS in record.files:
+        store = _read_array(generation / VECTORS, np.float16, (record.count, record.width))
+    expected = (record.indexed_width, record.count, record.count)
+    if (index.d, index.ntotal, len(products)) != expected:
+        raise UserError(
+            f"{generation}: {RECORD} says {record.count} vectors of width {record.indexed_width}, but "
+            f"{BASE} holds {index.ntotal} of width {index.d}, {PRODUCTS} {len(products)} rows"
+        )
+    base = Base(
+        record=record,
+        index=index,
+        keys=Keys(_column(products), order),
+        products=products,
+        store=store,
+        path=generation / BASE,
+        held=held,
+        searcher=copy_to_gpu(index, device, record.factory, cagra=cagra),
+    )
+    return base, read_manifest(generation, "index")
+
+
+def _column(products: pa.Table) -> pa.Array:
+    """The ids as one array."""
+    column = products.column(0)
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _read_products(path: Path, key: str) -> pa.Table:
+    try:
+        products = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        products.validate()
+    except (pa.ArrowException, OSError) as error:
+        first_line = str(error).split("\n")[0]
+        raise UserError(f"{path}: not an Arrow file that can be read ({first_line})") from None
+    if products.column_names[:1] != [key]:
+        raise UserError(f"{path}: its first column is not '{key}'")
+    if not products.num_rows:
+        # Of no rows Arrow keeps no chunks.
+        products = products.schema.empty_table()
+    return products
+
+
+def _read_array(path: Path, kind: type[np.generic], shape: tuple[int, int]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a numpy file that can be read ({error})") from None
+    if array.dtype != kind or array.shape != shape:
+        raise UserError(
+            f"{path}: expected {kind.__name__} of shape {shape}, found {array.dtype} {array.shape}"
+        )
+    return array
+
+
+def narrowed(vectors: Float32[np.ndarray, "M D"], width: int) -> Float32[np.ndarray, "M I"]:
+    """The leading components, brought back to length one; a vector with none there stays zero."""
+    if vectors.shape[1] == width:
+        return vectors
+    cut = np.ascontiguousarray(vectors[:, :width])
+    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    return cut / np.where(lengths > 0, lengths, 1)

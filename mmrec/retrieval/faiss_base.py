@@ -1,0 +1,324 @@
+"""What an index asks of FAISS: build by factory string, map from the disk, search some rows, carry rows over.
+
+Shape letters: Q queries, N rows of the base, M rows asked for, K matches, D width.
+
+FAISS's kinds of index differ in what they can do: some take no selector, HNSW cannot forget a row, an
+inverted file renumbers nothing. The differences end here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from mmrec.errors import UserError
+
+# The type stubs that come with FAISS lack parts of it.
+_faiss: Any = faiss
+
+# FAISS's own defaults (one list, 16 candidates) find too little; tuning replaces these.
+_PROBED_SHARE = 8
+_HNSW_CANDIDATES = 64
+# The kinds of index that keep every vector as it was given.
+_LOSSLESS = (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)
+# More vectors than this say no more of a mean error.
+_SAMPLE = 10_000
+
+
+def build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
+    """A FAISS index for inner products, trained on the vectors and holding them."""
+    try:
+        base = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise UserError(
+            f"'{factory}' is not a FAISS factory for inner products of width {vectors.shape[1]} "
+            f"({reason_of(error)}); try Flat, HNSW32 or IVF64,Flat"
+        ) from None
+    if _decodes_badly(core_of(base)) and not isinstance(base, faiss.IndexRefine):
+        raise UserError(
+            f"factory '{factory}' keeps codes that FAISS cannot read back; add a refinement, such as "
+            f"'{factory},RFlat' or '{factory},Refine(SQfp16)'"
+        )
+    _set_effort(base)
+    try:
+        base.train(vectors)
+        base.add(vectors)
+    except RuntimeError as error:
+        raise UserError(
+            f"factory '{factory}' cannot be built from {len(vectors)} vectors ({reason_of(error)}); "
+            "Flat and HNSW32 need no training and take any number"
+        ) from None
+    return base
+
+
+def _set_effort(base: Any) -> None:
+    """Set what the factory string leaves open; FAISS saves these with the index."""
+    core = core_of(base)
+    if hasattr(core, "do_polysemous_training"):
+        # It renumbers a product quantizer's codes for a search by Hamming distance, which is not
+        # done here, and takes nine tenths of the training time.
+        core.do_polysemous_training = False
+    if isinstance(core, faiss.IndexIVF):
+        core.nprobe = max(1, core.nlist // _PROBED_SHARE)
+    if isinstance(core, faiss.IndexHNSW):
+        core.hnsw.efSearch = _HNSW_CANDIDATES
+
+
+def read_base(path: Path) -> Any:
+    """Open a FAISS file; codes and graphs stay on the disk and are mapped into memory."""
+    try:
+        base = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"{path}: not a FAISS index that can be read ({reason_of(error)})"
+        ) from None
+    if base.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise UserError(f"{path}: is a FAISS index of another metric than inner product")
+    return base
+
+
+def write_base(base: Any, path: Path) -> None:
+    """Write a FAISS file; equal indexes give equal bytes."""
+    core = core_of(base)
+    if isinstance(core, faiss.IndexIVF):
+        # What `reconstruct` leaves behind.
+        core.set_direct_map_type(faiss.DirectMap.NoMap)  # pyright: ignore
+    faiss.write_index(base, str(path))
+
+
+def core_of(base: Any) -> Any:
+    """The index that is searched first, under any transform, id map or refinement."""
+    while True:
+        wrapped = getattr(base, "index", None) or getattr(base, "base_index", None)
+        if wrapped is None:
+            return base
+        base = faiss.downcast_index(wrapped)
+
+
+def reason_of(error: Exception) -> str:
+    """FAISS's complaint without the C++ signature and source line before it."""
+    return str(error).rsplit(": ", 1)[-1].strip()
+
+
+# ---------------------------------------------------------------------------------------- searching
+
+
+def takes_selector(base: Any) -> bool:
+    """Whether a search can be held to some rows. Product quantizers without lists cannot."""
+    core = core_of(base)
+    return not isinstance(core, faiss.IndexPQ | faiss.IndexFastScan) or isinstance(
+        core, faiss.IndexIVF
+    )
+
+
+def search_selected(
+    base: Any,
+    queries: Float32[np.ndarray, "Q D"],
+    k: int,
+    selected: Bool[np.ndarray, " N"],
+    *,
+    effort: float = 1.0,
+) -> tuple[Float32[np.ndarray, "Q K"], Int64[np.ndarray, "Q K"]]:
+    """Search among the selected rows alone. `effort` multiplies lists probed or candidates kept."""
+    bits = np.packbits(selected, bitorder="little")
+    selector = _faiss.IDSelectorBitmap(bits)
+    return base.search(queries, k, params=_parameters(base, selector, k, effort))
+
+
+def _parameters(base: Any, selector: Any, k: int, effort: float) -> Any:
+    """Search parameters with the index's own settings: an object of them replaces all at once."""
+    base = faiss.downcast_index(base)
+    if isinstance(base, faiss.IndexPreTransform):
+        inner = _parameters(base.index, selector, k, effort)
+        return _faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(base, faiss.IndexRefine):
+        inner = _parameters(base.base_index, selector, k, effort)
+        return _faiss.IndexRefineSearchParameters(k_factor=base.k_factor, base_index_params=inner)
+    if isinstance(base, faiss.IndexIVF):
+        nprobe = min(base.nlist, int(np.ceil(base.nprobe * effort)))
+        if isinstance(base, faiss.IndexIVFRaBitQ):
+            return _faiss.IVFRaBitQSearchParameters(nprobe=nprobe, sel=selector, qb=base.qb)
+        return _faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
+    if isinstance(base, faiss.IndexHNSW):
+        candidates = max(k, int(np.ceil(base.hnsw.efSearch * effort)))
+        return _faiss.SearchParametersHNSW(efSearch=candidates, sel=selector)
+    return _faiss.SearchParameters(sel=selector)
+
+
+# ------------------------------------------------------------------------------- vectors and codes
+
+
+def keeps_vectors(base: Any) -> bool:
+    """Whether `reconstruct` gives back exactly what was added."""
+    base = faiss.downcast_index(base)
+    if isinstance(base, faiss.IndexRefineFlat):
+        return True
+    return isinstance(base, _LOSSLESS)
+
+
+def reconstruct(base: Any, rows: Int64[np.ndarray, " M"]) -> Float32[np.ndarray, "M D"]:
+    """The vectors of rows, as the base keeps them. Raises `RuntimeError` where it cannot."""
+    if isinstance(base, faiss.IndexRefine):
+        base = faiss.downcast_index(base.refine_index)
+    core = core_of(base)
+    if isinstance(core, faiss.IndexIVF):
+        core.make_direct_map()  # where each vector lies; a second call does nothing
+    return base.reconstruct_batch(rows)
+
+
+def as_scored(base: Any, vectors: Float32[np.ndarray, "M D"]) -> Float32[np.ndarray, "M D"]:
+    """What the base would score in the place of new vectors.
+
+    New products wait outside the base. Scored exactly they would come before equally near ones whose
+    codes lose some length, so they are scored by what these would be. Refinement scores exactly, and
+    RaBitQ corrects the length that its codes lose.
+    """
+    base = faiss.downcast_index(base)
+    rabitq = isinstance(core_of(base), faiss.IndexIVFRaBitQ | faiss.IndexRaBitQ)
+    if keeps_vectors(base) or rabitq or isinstance(base, faiss.IndexRefine):
+        return vectors
+    decoded = _decoded(base, vectors)
+    return vectors if decoded is None else decoded
+
+
+def quantization_error(base: Any, vectors: Float32[np.ndarray, "M D"]) -> float | None:
+    """Mean squared distance of vectors, of length one, from what the base's codec keeps of them.
+
+    Of an index with refinement this is the error of its first, compressed stage. None where the kind
+    has no codec that can be asked.
+    """
+    base = faiss.downcast_index(base)
+    if isinstance(base, faiss.IndexRefine):
+        base = faiss.downcast_index(base.base_index)
+    step = max(1, len(vectors) // _SAMPLE)
+    sample = np.ascontiguousarray(vectors[::step])
+    decoded = sample if keeps_vectors(base) else _decoded(base, sample)
+    if decoded is None or not len(sample):
+        return None
+    difference = decoded - sample
+    return float(np.einsum("md,md->", difference, difference) / len(sample))
+
+
+def _decoded(base: Any, vectors: np.ndarray) -> np.ndarray | None:
+    """Vectors encoded and decoded."""
+    core = core_of(base)
+    if _decodes_badly(core):
+        return None
+    if isinstance(core, faiss.IndexHNSW):
+        base = faiss.downcast_index(core.storage)
+    try:
+        return base.sa_decode(base.sa_encode(vectors))
+    except RuntimeError:
+        return None
+
+
+def _decodes_badly(core: Any) -> bool:
+    """FAISS 1.15.1 crashes, or loses more, when it decodes codes packed for fast scans of lists."""
+    return isinstance(core, faiss.IndexIVFFastScan)
+
+
+def list_sizes(base: Any) -> Int64[np.ndarray, " L"]:
+    """Rows in each inverted list; empty for an index without lists."""
+    core = core_of(base)
+    if not isinstance(core, faiss.IndexIVF):
+        return np.zeros(0, np.int64)
+    lists: Any = core.invlists
+    return np.array([lists.list_size(number) for number in range(core.nlist)], np.int64)
+
+
+def list_numbers(base: Any, vectors: Float32[np.ndarray, "M D"]) -> Int64[np.ndarray, " M"]:
+    """The inverted list that each vector would be put in."""
+    quantizer = core_of(base).quantizer
+    return quantizer.assign(_transformed(base, vectors), 1)[:, 0]
+
+
+def _transformed(base: Any, vectors: np.ndarray) -> np.ndarray:
+    """Vectors as the innermost index sees them."""
+    base = faiss.downcast_index(base)
+    if isinstance(base, faiss.IndexRefine):
+        return _transformed(base.base_index, vectors)
+    if isinstance(base, faiss.IndexPreTransform):
+        return _transformed(base.index, _through(base.chain, vectors))
+    return vectors
+
+
+def _through(chain: Any, vectors: np.ndarray) -> np.ndarray:
+    """Vectors after a chain of transforms."""
+    for number in range(chain.size()):
+        vectors = faiss.downcast_VectorTransform(chain.at(number)).apply(vectors)
+    return vectors
+
+
+def imbalance_of(sizes: Sequence[int] | Int64[np.ndarray, " L"]) -> float:
+    """FAISS's imbalance factor: how much longer a search is than with lists of equal length."""
+    sizes = np.asarray(sizes, np.float64)
+    total = sizes.sum()
+    return float(len(sizes) * (sizes**2).sum() / total**2) if total else 1.0
+
+
+# -------------------------------------------------------------------------------------- carrying over
+
+
+def carried_over(
+    base: Any,
+    rows: Int64[np.ndarray, " M"],
+    vectors: Float32[np.ndarray, "N D"],
+    *,
+    path: Path | None = None,
+) -> Any:
+    """A new index of the same kind and training: some rows of `base` by their codes, then new vectors.
+
+    The new rows are numbered from 0 in the order given; `rows` are in ascending order. Codes are copied,
+    so that a product that stays is found as it was. A graph is built anew from what its storage keeps.
+    `path` is the file that `base` is mapped from: what is mapped cannot be emptied, only read again.
+    """
+    new = faiss.read_index(str(path)) if path else faiss.clone_index(base)
+    new.reset()
+    _carry(faiss.downcast_index(base), new, rows, vectors)
+    return new
+
+
+def _carry(base: Any, new: Any, rows: np.ndarray, vectors: np.ndarray) -> None:
+    if isinstance(base, faiss.IndexPreTransform):
+        vectors = _through(base.chain, vectors)
+        _carry(faiss.downcast_index(base.index), faiss.downcast_index(new.index), rows, vectors)
+    elif isinstance(base, faiss.IndexRefine):
+        for stage in ("base_index", "refine_index"):
+            old_part, new_part = (faiss.downcast_index(getattr(i, stage)) for i in (base, new))
+            if _decodes_badly(core_of(old_part)):
+                new_part.add(reconstruct(base, rows))
+                new_part.add(vectors)
+            else:
+                _carry(old_part, new_part, rows, vectors)
+    elif isinstance(base, faiss.IndexIVF) and not isinstance(base, faiss.IndexIVFFastScan):
+        _carry_lists(base, new, rows)
+        new.ntotal = len(rows)
+        new.add(vectors)
+    elif isinstance(base, faiss.IndexFlatCodes) and not isinstance(base, faiss.IndexFastScan):
+        codes = faiss.vector_to_array(base.codes).reshape(base.ntotal, base.code_size)
+        new.add_sa_codes(np.ascontiguousarray(codes[rows]))
+        new.add(vectors)
+    else:
+        new.add(reconstruct(base, rows))
+        new.add(vectors)
+    new.ntotal = len(rows) + len(vectors)
+
+
+def _carry_lists(base: Any, new: Any, rows: np.ndarray) -> None:
+    """Copy the codes of rows, list by list, under their new numbers."""
+    numbers = np.full(base.ntotal, -1, np.int64)
+    numbers[rows] = np.arange(len(rows))
+    lists = base.invlists
+    for number in range(base.nlist):
+        size = lists.list_size(number)
+        if not size:
+            continue
+        old = faiss.rev_swig_ptr(lists.get_ids(number), size)
+        kept = np.flatnonzero(numbers[old] >= 0)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * base.code_size)
+        codes = np.ascontiguousarray(codes.reshape(size, base.code_size)[kept])
+        ids = np.ascontiguousarray(numbers[old[kept]])
+        new.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))

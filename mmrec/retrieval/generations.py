@@ -1,0 +1,255 @@
+"""Generations: the folders of an index on disk, which of them is live, and who may change or remove one.
+
+    manifest.json                          kind "index"; a copy of the live generation's
+    CURRENT                                000002
+    writer.lock                            locked by the one process that changes the index
+    generations/000002/manifest.json       what the index was built from
+    generations/000002/generation.json     the record below; readers hold a shared lock on it
+    generations/000002/base.faiss          the FAISS index, always a CPU one
+    generations/000002/products.arrow      product_id and attributes, in the base's row order
+    generations/000002/keys.npy            hashes of the ids in order, and their rows
+    generations/000002/vectors.npy         optional: float16 vectors at full width
+    generations/000002/changes/00000001.change   what was changed since: see changes.py
+
+Of a generation only `changes/` grows. A new one is written under a temporary name, brought to the disk,
+renamed, and then named by CURRENT, which is itself replaced by a rename. So whoever opens an index
+finds the old generation or the new one. Locks are flock's: they vanish with the process that held them.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from mmrec.errors import UserError
+from mmrec.manifest import FILE_NAME, Manifest, hash_file, read_manifest, write_manifest
+
+BASE, PRODUCTS, KEYS, VECTORS = "base.faiss", "products.arrow", "keys.npy", "vectors.npy"
+RECORD, CHANGES, CURRENT, WRITER_LOCK = "generation.json", "changes", "CURRENT", "writer.lock"
+_FOLDER, _TEMPORARY, _REMOVED = "generations", ".tmp-", ".removed-"
+# Readers on other machines hold no lock that is seen here; what they most likely read is the last one.
+KEPT_GENERATIONS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `generation.json` holds."""
+
+    factory: str
+    width: int
+    """D, the width of vectors and queries."""
+    indexed_width: int
+    """Leading components that the base holds; less than `width` for an index at a narrower width."""
+    count: int
+    key: str
+    """The column of ids: product_id, or content_id in an index of contents."""
+    rerank: bool
+    """Whether matches are scored again at full width unless a search says otherwise."""
+    quantization_error: float
+    """Mean squared distance of a vector from what the base keeps of it; 0 when it keeps all."""
+    imbalance: float
+    """FAISS's imbalance factor of the inverted lists: 1 when all are equally long."""
+    files: dict[str, dict[str, Any]]
+    """For each file its size in `bytes` and its `sha256`."""
+    metric: str = "inner_product"
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what its changes belong to."""
+        return str(self.files[BASE]["sha256"])[:16]
+
+
+def live_generation(folder: Path) -> Path:
+    """The generation that CURRENT names. Raises `UserError` where there is none."""
+    path = folder / CURRENT
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it names the index's live generation")
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    generation = folder / _FOLDER / name
+    if not re.fullmatch(r"\d{6}", name) or not generation.is_dir():
+        raise UserError(f"{path}: names generation '{name[:40]}', which is not in {folder.name}")
+    return generation
+
+
+def hold_live_generation(folder: Path) -> tuple[Path, IO[bytes]]:
+    """The live generation and a lock on it: it is not removed while the returned file is open."""
+    while True:
+        generation = live_generation(folder)
+        try:
+            held = (generation / RECORD).open("rb")
+        except FileNotFoundError:
+            if live_generation(folder) == generation:
+                raise UserError(f"{generation / RECORD}: no such file") from None
+            continue
+        fcntl.flock(held, fcntl.LOCK_SH)
+        if os.fstat(held.fileno()).st_nlink and generation.is_dir():
+            return generation, held
+        held.close()  # Removed between the two; CURRENT names another by now.
+
+
+def lock_writer(folder: Path) -> IO[str]:
+    """Become the one writer of an index, until the returned file is closed.
+
+    Clears away what a writer that was killed left half done. Raises `UserError` while another process,
+    or another object of this one, is the writer.
+    """
+    lock = (folder / WRITER_LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        who = lock.read().strip() or "unknown"
+        lock.close()
+        raise UserError(
+            f"{folder}: is being changed by another writer (process {who}); "
+            "try again when that one is closed"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    if (folder / CURRENT).is_file():
+        _clear_leftovers(folder)
+    return lock
+
+
+def read_record(generation: Path, *, verify: bool) -> Generation:
+    """Read `generation.json` and hold the files beside it against it.
+
+    Sizes are always compared, hashes on `verify`. Raises `UserError` naming the file that is wrong.
+    """
+    path = generation / RECORD
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        record = Generation(**json.loads(path.read_text(encoding="utf-8")))
+        sizes = {name: int(file["bytes"]) for name, file in record.files.items()}
+        hashes = {name: str(file["sha256"]) for name, file in record.files.items()}
+        missing = {BASE, PRODUCTS, KEYS} - set(sizes)
+        if missing:
+            raise KeyError(*sorted(missing))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a record that this version reads ({error!r})") from None
+    for name, size in sizes.items():
+        file = generation / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None:
+            raise UserError(f"{file}: no such file")
+        if found != size:
+            raise UserError(f"{file}: is {found} bytes long, and was saved with {size}")
+        if verify and hash_file(file) != hashes[name]:
+            raise UserError(f"{file}: is not the file that was saved: its SHA-256 differs")
+    return record
+
+
+def describe_files(generation: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a generation that is being written."""
+    return {
+        name: {"bytes": (generation / name).stat().st_size, "sha256": hash_file(generation / name)}
+        for name in (BASE, PRODUCTS, KEYS, VECTORS)
+        if (generation / name).is_file()
+    }
+
+
+def finish_generation(generation: Path, record: Generation, manifest: Manifest) -> None:
+    """Write what is beside a generation's data, and bring all of it to the disk."""
+    text = json.dumps(asdict(record), indent=2)
+    (generation / RECORD).write_text(text + "\n", encoding="utf-8")
+    write_manifest(generation, manifest)
+    (generation / CHANGES).mkdir()
+    for path in generation.iterdir():
+        sync(path)
+    sync(generation)
+
+
+@contextmanager
+def next_generation(folder: Path) -> Iterator[Path]:
+    """A new generation: filled by the block under a temporary name, live when the block ends well.
+
+    The caller is the writer. Old generations that no reader holds are removed afterwards.
+    """
+    home = folder / _FOLDER
+    home.mkdir(parents=True, exist_ok=True)
+    name = f"{max([0, *map(int, _numbers(home))]) + 1:06d}"
+    temporary = home / f"{_TEMPORARY}{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(home / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(home)
+    replace_file(folder / CURRENT, f"{name}\n".encode())
+    _copy_manifest(folder)
+    _remove_old(folder)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it holds the old bytes or the new ones, on the disk when this returns."""
+    temporary = path.parent / f"{_TEMPORARY}{path.name}"
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy_manifest(folder: Path) -> None:
+    """Lineage reads the manifest of the folder; the generation's own is the one that counts."""
+    manifest = live_generation(folder) / FILE_NAME
+    replace_file(folder / FILE_NAME, manifest.read_bytes())
+
+
+def _numbers(home: Path) -> list[str]:
+    return sorted(path.name for path in home.iterdir() if re.fullmatch(r"\d{6}", path.name))
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what never became live, and what was on its way out."""
+    live = live_generation(folder)
+    for path in (folder / _FOLDER).iterdir():
+        unpublished = re.fullmatch(r"\d{6}", path.name) and path.name > live.name
+        if unpublished or path.name.startswith((_TEMPORARY, _REMOVED)):
+            shutil.rmtree(path, ignore_errors=True)
+    if (live / CHANGES).is_dir():
+        for path in (live / CHANGES).glob(f"{_TEMPORARY}*"):
+            path.unlink()
+    with suppress(UserError):
+        if read_manifest(folder) == read_manifest(live):
+            return
+    _copy_manifest(folder)
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove all but the last generations, unless a reader on this machine holds one."""
+    home = folder / _FOLDER
+    for name in _numbers(home)[:-KEPT_GENERATIONS]:
+        try:
+            held = (home / name / RECORD).open("r+b")
+        except OSError:
+            continue
+        with held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            # Gone in one step: nobody is to find half a generation.
+            removed = home / f"{_REMOVED}{name}"
+            (home / name).rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)

@@ -1,0 +1,291 @@
+"""View: an index as of one moment, and how it is searched.
+
+Shape letters: Q queries, N rows of the base, M rows of the delta, K matches, D width, I indexed width.
+
+A view joins an immutable base, the delta of later upserts, and marks on the base's rows that were deleted
+or replaced since. Changes make a new view, so a search sees one state from beginning to end. Rows count
+through: 0 to N-1 are the base's, from N on the delta's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Int64
+
+from mmrec.retrieval.base import Base, Found, narrowed
+from mmrec.retrieval.changes import Change, Delta, join_tables
+from mmrec.retrieval.faiss_base import as_scored, search_selected, takes_selector
+from mmrec.retrieval.filters import matching_rows
+
+# Up to so many rows that a filter leaves are compared one by one.
+_EXACT_ROWS = 20_000
+# A filter that leaves one row in fifty asks for fifty times the effort; what leaves less is exact.
+_MOST_EFFORT = 64.0
+# Matches fetched for each one wanted, where they are scored again at full width.
+_RERANKED = 4
+_KEPT_FILTERS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The rows that a filter leaves, whether alive or not."""
+
+    base: Bool[np.ndarray, " N"]
+    delta: Bool[np.ndarray, " M"]
+
+
+class View:
+    """A base, a delta, and which rows of the base are dead."""
+
+    def __init__(self, base: Base, delta: Delta, dead: Bool[np.ndarray, " N"]) -> None:
+        self.base = base
+        self.delta = delta
+        self.dead = dead
+        self.num_dead = int(np.count_nonzero(dead))
+        """Tombstones: rows of the base that were deleted or replaced."""
+        self._selections: dict[str, Bool[np.ndarray, " M"]] = {}
+
+    @classmethod
+    def of(cls, base: Base) -> "View":
+        """A base that nothing was changed of."""
+        record = base.record
+        return cls(
+            base, Delta.empty(record.width, record.indexed_width), np.zeros(record.count, bool)
+        )
+
+    def __len__(self) -> int:
+        """The number of products."""
+        return self.base.record.count - self.num_dead + len(self.delta)
+
+    def changed(self, change: Change) -> "View":
+        """The view after a change."""
+        dead = self.dead
+        rows = self.base.keys.rows_of(change.ids)
+        rows = rows[rows >= 0]
+        if not dead[rows].all():
+            dead = dead.copy()
+            dead[rows] = True
+        if change.vectors is None:
+            return View(self.base, self.delta.without(change.ids), dead)
+        indexed = narrowed(change.vectors, self.base.record.indexed_width)
+        return View(
+            self.base, self.delta.with_upsert(change, as_scored(self.base.index, indexed)), dead
+        )
+
+    def rows_of(self, ids: Sequence[str]) -> Int64[np.ndarray, " M"]:
+        """The row of each product; -1 for those that are not here."""
+        rows = self.base.keys.rows_of(ids)
+        if self.num_dead:
+            rows[(rows >= 0) & self.dead[rows]] = -1
+        if self.delta.rows:
+            first = self.base.record.count
+            new = [self.delta.rows.get(id_, -1) for id_ in ids]
+            rows = np.where(np.array(new, np.int64) >= 0, np.array(new, np.int64) + first, rows)
+        return rows
+
+    def live_rows(self) -> Int64[np.ndarray, " N"]:
+        """The rows of the base that are alive, in order."""
+        return np.flatnonzero(~self.dead)
+
+    def ids_of(self, rows: Int64[np.ndarray, " M"]) -> np.ndarray:
+        """The ids of rows, of the base and the delta, as an array of Python strings."""
+        first = self.base.record.count
+        if not self.delta.count or not (late := rows >= first).any():
+            return self.base.keys.take(rows)
+        ids = np.empty(len(rows), object)
+        ids[~late] = self.base.keys.take(rows[~late])
+        ids[late] = self.delta.ids[rows[late] - first]
+        return ids
+
+    def vectors(self, rows: Int64[np.ndarray, " M"]) -> Float32[np.ndarray, "M D"]:
+        """The vectors of rows, of the base and the delta."""
+        first = self.base.record.count
+        late = rows >= first
+        if late.all():
+            return self.delta.vectors[rows - first]
+        old = self.base.vectors(rows[~late])
+        vectors = np.empty((len(rows), old.shape[1]), np.float32)
+        vectors[~late], vectors[late] = old, self.delta.vectors[rows[late] - first]
+        return vectors
+
+    def attributes(self, row: int) -> dict[str, Any]:
+        """Id and attributes of a row."""
+        first = self.base.record.count
+        table = self.base.products if row < first else self.delta.table
+        return table.slice(row if row < first else row - first, 1).to_pylist()[0]
+
+    def products(self) -> pa.Table:
+        """Id and attributes of all products, in the order of their rows."""
+        kept = self.base.products
+        if self.num_dead:
+            kept = kept.take(pa.array(self.live_rows()))
+        if not len(self.delta):
+            return kept
+        new = self.delta.table
+        if len(self.delta) < self.delta.count:
+            new = new.take(pa.array(self.delta.live_rows()))
+        return join_tables([kept, new])
+
+    # ------------------------------------------------------------------------------------ filters
+
+    def select(self, where: str) -> Selection:
+        """The rows that meet a condition. Raises `UserError` when it cannot be understood."""
+        base, delta = self.base.products, self.delta.table
+        if self.delta.count:  # Either may have columns that the other lacks.
+            base = pa.concat_tables([base, delta.slice(0, 0)], promote_options="permissive")
+            delta = join_tables([self.base.products.slice(0, 0), delta])
+        if where not in self._selections:
+            found = matching_rows(delta, where) if self.delta.count else np.zeros(0, bool)
+            self._selections[where] = found
+        # What columns there are decides what a condition means.
+        key = (where, *map(str, base.schema))
+        kept = self.base.filters.get(key)
+        if kept is None:
+            kept = matching_rows(base, where)
+            with self.base.lock:
+                while len(self.base.filters) >= _KEPT_FILTERS:
+                    self.base.filters.pop(next(iter(self.base.filters)))
+                self.base.filters[key] = kept
+        return Selection(kept, self._selections[where])
+
+    # ---------------------------------------------------------------------------------- searching
+
+    def search(
+        self,
+        queries: Float32[np.ndarray, "Q D"],
+        k: int,
+        *,
+        selection: Selection | None = None,
+        rerank: bool = False,
+    ) -> Found:
+        """The k best live rows for each query, among those selected; fewer columns where fewer live."""
+        fetched = _RERANKED * k if rerank else k
+        narrow = narrowed(queries, self.base.record.indexed_width)
+        parts = [self._search_base(narrow, fetched, selection)]
+        if len(self.delta):
+            parts.append(self._search_delta(narrow, fetched, selection))
+        found = _merged(parts, fetched)
+        return self._reranked(queries, found, k) if rerank else found
+
+    def _search_base(self, queries: np.ndarray, k: int, selection: Selection | None) -> Found:
+        if selection is not None:
+            return self._search_selected(queries, k, selection.base & ~self.dead)
+        live = self.base.record.count - self.num_dead
+        k = min(k, live)
+        if not k:
+            return _nothing(len(queries))
+        if not self.num_dead:
+            return self.base.search(queries, k)
+        share = self.num_dead / self.base.record.count
+        if share > 0.5 and takes_selector(self.base.index):
+            return search_selected(self.base.index, queries, k, ~self.dead)
+        # Twice what tombstones spread evenly would take; a query that meets more is asked again.
+        fetched = min(self.base.record.count, k + 2 + math.ceil(2 * k * share / (1 - share)))
+        return self._asked_again(queries, k, fetched, ~self.dead)
+
+    def _asked_again(
+        self, queries: np.ndarray, k: int, fetched: int, wanted: Bool[np.ndarray, " N"]
+    ) -> Found:
+        """Search all rows and drop the unwanted; where fewer than k stay, search on."""
+        all_scores, all_rows = self.base.search(queries, fetched)
+        scores, rows = _kept(all_scores, all_rows, wanted, k)
+        # A row that ended in -1 holds all that the index comes upon.
+        short = np.flatnonzero((rows[:, -1] < 0) & (all_rows[:, -1] >= 0))
+        if not len(short) or fetched >= self.base.record.count:
+            return scores, rows
+        if takes_selector(self.base.index):
+            again = search_selected(self.base.index, queries[short], k, wanted)
+        else:
+            more = min(self.base.record.count, 4 * fetched)
+            again = self._asked_again(queries[short], k, more, wanted)
+        scores[short], rows[short] = again
+        return scores, rows
+
+    def _search_selected(
+        self, queries: np.ndarray, k: int, wanted: Bool[np.ndarray, " N"]
+    ) -> Found:
+        count = int(np.count_nonzero(wanted))
+        k = min(k, count)
+        if not k:
+            return _nothing(len(queries))
+        if count <= _EXACT_ROWS and self.base.exact:
+            rows = np.flatnonzero(wanted)
+            return _nearest(queries, self.base.indexed_vectors(rows), rows, k)
+        share = count / len(wanted)
+        if takes_selector(self.base.index):
+            effort = min(1 / share, _MOST_EFFORT)
+            return search_selected(self.base.index, queries, k, wanted, effort=effort)
+        fetched = min(len(wanted), math.ceil(2 * k / share))
+        return self._asked_again(queries, k, fetched, wanted)
+
+    def _search_delta(self, queries: np.ndarray, k: int, selection: Selection | None) -> Found:
+        rows, scored = self._live_delta
+        if selection is not None:
+            chosen = selection.delta[rows]
+            rows, scored = rows[chosen], scored[chosen]
+        if not len(rows):
+            return _nothing(len(queries))
+        return _nearest(queries, scored, rows + self.base.record.count, min(k, len(rows)))
+
+    @cached_property
+    def _live_delta(self) -> tuple[Int64[np.ndarray, " M"], Float32[np.ndarray, "M I"]]:
+        """The delta's live rows and what they are compared by; copied only where some are dead."""
+        rows = self.delta.live_rows()
+        scored = self.delta.scored
+        return rows, scored if len(rows) == self.delta.count else scored[rows]
+
+    def _reranked(self, queries: Float32[np.ndarray, "Q D"], found: Found, k: int) -> Found:
+        """Candidates scored again by their vectors at full width."""
+        _, rows = found
+        scores = np.full(rows.shape, -np.inf, np.float32)
+        places = np.flatnonzero((rows >= 0).ravel())
+        needed, where = np.unique(rows.ravel()[places], return_inverse=True)
+        if len(needed):
+            vectors = self.vectors(needed)
+            pairs = np.einsum("md,md->m", queries[places // rows.shape[1]], vectors[where])
+            scores.ravel()[places] = pairs
+        return _best(scores, rows, k)
+
+
+def _nearest(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> Found:
+    """Exact search among a few vectors, whose rows are given."""
+    vectors = np.ascontiguousarray(vectors)
+    scores, places = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return scores, rows[places]
+
+
+def _kept(scores: np.ndarray, rows: np.ndarray, wanted: np.ndarray, k: int) -> Found:
+    """The first k wanted matches of each query, in order."""
+    good = (rows >= 0) & wanted[rows]
+    # Where all of the first k are wanted, as mostly, nothing moves.
+    if good[:, :k].all():
+        return scores[:, :k], rows[:, :k]
+    order = np.argsort(~good, axis=1, kind="stable")[:, :k]
+    good = np.take_along_axis(good, order, axis=1)
+    scores = np.where(good, np.take_along_axis(scores, order, axis=1), np.float32(-np.inf))
+    return scores, np.where(good, np.take_along_axis(rows, order, axis=1), -1)
+
+
+def _merged(parts: Sequence[Found], k: int) -> Found:
+    """The k best of several lists for the same queries."""
+    full = [part for part in parts if part[0].shape[1]] or list(parts[:1])
+    # FAISS fills up with row -1 and a very low score where it found fewer.
+    scores, rows = (np.concatenate(columns, axis=1) for columns in zip(*full, strict=True))
+    scores = np.where(rows >= 0, scores, np.float32(-np.inf))
+    return (scores, rows) if len(full) == 1 else _best(scores, rows, k)
+
+
+def _best(scores: np.ndarray, rows: np.ndarray, k: int) -> Found:
+    """The k matches of highest score, best first."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _nothing(num_queries: int) -> Found:
+    return np.zeros((num_queries, 0), np.float32), np.zeros((num_queries, 0), np.int64)
