@@ -56,7 +56,7 @@ def _refuse_queries(connection: Any, where: str) -> None:
         "select json_serialize_sql(?::varchar)", [f"select 1 from products where ({where}\n)"]
     ).fetchall()[0]
     if any(node.get("class") == "SUBQUERY" for node in _nodes(json.loads(text))):
-        raise UserError(f"where {where!r}: a condition cannot hold a query of its own")
+        raise duckdb.Error("a condition cannot hold a query of its own")
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

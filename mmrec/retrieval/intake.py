@@ -51,7 +51,9 @@ def checked_indexed(
         )
     indexed = narrowed(vectors, indexed_width)
     _refuse(
-        ids, ~indexed.any(axis=1), f"vectors that are zero in the first {indexed_width} components"
+        ids,
+        np.abs(indexed).max(axis=1) == 0,
+        f"vectors that are zero in the first {indexed_width} components",
     )
     return indexed
 

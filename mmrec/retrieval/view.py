@@ -240,7 +240,7 @@ class View:
         scored = self.delta.scored
         return rows, scored if len(rows) == self.delta.count else scored[rows]
 
-    def _reranked(self, queries: Float32[np.ndarray, "Q D"], found: Found, k: int) -> Found:
+    def _reranked(self, queries: np.ndarray, found: tuple[np.ndarray, np.ndarray], k: int) -> Found:
         """Candidates scored again by their vectors at full width."""
         _, rows = found
         scores = np.full(rows.shape, -np.inf, np.float32)
@@ -272,7 +272,7 @@ def _kept(scores: np.ndarray, rows: np.ndarray, wanted: np.ndarray, k: int) -> F
     return scores, np.where(good, np.take_along_axis(rows, order, axis=1), -1)
 
 
-def _merged(parts: Sequence[Found], k: int) -> Found:
+def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> Found:
     """The k best of several lists for the same queries."""
     full = [part for part in parts if part[0].shape[1]] or list(parts[:1])
     # FAISS fills up with row -1 and a very low score where it found fewer.

@@ -1,0 +1,155 @@
+"""Filters: the same matches as filter first, then search exactly; and what may not be asked."""
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+from vectors import names, unit_vectors
+
+from mmrec.errors import UserError
+from mmrec.retrieval import view
+from mmrec.retrieval.filters import matching_rows
+from mmrec.retrieval.index import ProductIndex
+
+COUNT = 2_000
+CONDITION = "price < 30 and category = 'shoes' and available"
+
+
+def catalogue(count: int = COUNT) -> pa.Table:
+    rng = np.random.default_rng(1)
+    return pa.table(
+        {
+            "product_id": names(count),
+            "price": [None if number % 97 == 0 else float(number % 60) for number in range(count)],
+            "category": rng.choice(["shoes", "hats", "mugs"], count),
+            "available": rng.random(count) < 0.5,
+        }
+    )
+
+
+def meets(row: dict) -> bool:
+    cheap = row["price"] is not None and row["price"] < 30
+    return bool(cheap and row["category"] == "shoes" and row["available"])
+
+
+def build(factory: str) -> ProductIndex:
+    index = ProductIndex.build(
+        names(COUNT), unit_vectors(COUNT), factory=factory, attributes=catalogue()
+    )
+    if isinstance(index._view.base.index, faiss.IndexIVF):
+        index._view.base.index.nprobe = 8
+    return index
+
+
+def filtered(
+    index: ProductIndex, queries: np.ndarray, k: int, chosen: list[str]
+) -> list[list[str]]:
+    scores = queries.astype(np.float64) @ index.vectors(chosen).T
+    return [[chosen[place] for place in row] for row in np.argsort(-scores, axis=1)[:, :k]]
+
+
+def test_a_condition_selects_the_rows_that_meet_it():
+    table = catalogue()
+    assert matching_rows(table, CONDITION).tolist() == [meets(row) for row in table.to_pylist()]
+
+
+@pytest.mark.parametrize("exact_rows", [20_000, 0])
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW32"])
+def test_matches_are_those_of_filter_then_exact_search(factory, exact_rows, monkeypatch):
+    """By comparing few rows one by one, and by FAISS's selectors; base, tombstones and delta alike."""
+    monkeypatch.setattr(view, "_EXACT_ROWS", exact_rows)
+    index, queries = build(factory), unit_vectors(20, seed=4)
+    index.delete(names(COUNT)[:100])
+    late = catalogue().slice(0, 50)
+    index.upsert(names(50), unit_vectors(50, seed=9), late)
+    rows = index.products.to_pylist()
+    chosen = [row["product_id"] for row in rows if meets(row)]
+    assert 100 < len(chosen) < 400
+    found = index.search(queries, 15, where=CONDITION).ids
+    right = filtered(index, queries, 15, chosen)
+    assert all(set(row) <= set(chosen) for row in found)
+    if factory == "Flat" or exact_rows:
+        assert found == right
+    else:
+        hits = [len({*a} & {*b}) / 15 for a, b in zip(found, right, strict=True)]
+        assert np.mean(hits) > 0.9
+
+
+def test_kinds_without_selectors_and_without_vectors_are_right_too():
+    index, queries = build("PQ16x4"), unit_vectors(5, seed=4)
+    chosen = {row["product_id"] for row in catalogue().to_pylist() if meets(row)}
+    found = index.search(queries, COUNT, where=CONDITION).ids
+    assert all(set(row) == chosen and len(row) == len(chosen) for row in found)
+
+
+def test_few_and_no_rows():
+    index = build("Flat")
+    assert (
+        index.search(unit_vectors(2), 5, where="product_id = 'sku-00007'").ids
+        == [["sku-00007"]] * 2
+    )
+    result = index.search(unit_vectors(2), 5, where="price > 1000")
+    assert (result.ids, result.scores.shape) == ([[], []], (2, 0))
+
+
+def test_columns_of_later_products_can_be_asked_for():
+    index = build("Flat")
+    new = pa.table({"product_id": ["n"], "colour": ["red"], "price": [5]})
+    index.upsert(["n"], unit_vectors(1, seed=3), new)
+    assert index.search(unit_vectors(1), 5, where="colour = 'red'").ids == [["n"]]
+    assert index.search(unit_vectors(1), 5, where="colour = 'red' and price = 5").ids == [["n"]]
+    assert len(index.search(unit_vectors(1), COUNT, where="colour is null").ids[0]) == COUNT
+
+
+def test_a_filter_is_evaluated_once_a_generation(monkeypatch):
+    index, calls = build("Flat"), []
+    monkeypatch.setattr(
+        view, "matching_rows", lambda *given: calls.append(given) or matching_rows(*given)
+    )
+    before = index.search(unit_vectors(1), 5, where=CONDITION).ids
+    index.delete(["sku-00001"])
+    assert index.search(unit_vectors(1), 5, where=CONDITION).ids == before
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("prize < 3", 'column "prize" not found'),
+        ("price <", "syntax error"),
+        ("", "SELECT clause"),
+        ("available; drop table products", "modifiers"),
+        ("1 = 1) union select 1 --", "syntax error"),
+        ("category = 3", "Could not convert"),
+        ("sum(price) > 3", "aggregates"),
+        ("price < (select max(price) from products)", "cannot hold a query"),
+        ("category in (select content from read_text('/etc/hostname'))", "cannot hold a query"),
+        ("read_text('/etc/hostname') = 'x'", "read_text"),
+        ("price < $1", "parameter"),
+    ],
+)
+def test_what_is_no_condition_is_refused_in_one_line_with_the_columns(where, message):
+    index = build("Flat")
+    with pytest.raises(UserError, match=message) as caught:
+        index.search(unit_vectors(1), 3, where=where)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert (
+        "columns: product_id (string), price (double), category (string), available (bool)" in text
+    )
+
+
+def test_the_engine_reads_no_files(tmp_path):
+    """Even past our own check for queries within."""
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    from mmrec.retrieval import filters
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filters, "_refuse_queries", lambda *_: None)
+        for source in (
+            f"read_csv('{tmp_path}/secret.csv')",
+            f"'{tmp_path}/secret.csv'",
+            "catalogue",
+        ):
+            with pytest.raises(UserError, match=r"columns: product_id"):
+                matching_rows(catalogue(), f"exists (select 1 from {source})")
