@@ -17,7 +17,7 @@ Split = Literal["train", "val", "test"]
 
 app = tyro.extras.SubcommandApp()
 index_app = tyro.extras.SubcommandApp()
-app.command(index_app, name="index", help="Build an index of products.")
+app.command(index_app, name="index", help="Build an index of products, change it, ask how it is.")
 shards_app = tyro.extras.SubcommandApp()
 app.command(shards_app, name="shards", help="Read tars that others wrote as shards.")
 
@@ -70,20 +70,117 @@ def embed(
 
 @index_app.command(name="build")
 def index_build(
-    *, embeddings: Path, out: Path, factory: str = "Flat", overwrite: bool = False
+    *,
+    embeddings: Path,
+    out: Path,
+    factory: str = "Flat",
+    width: int | None = None,
+    rerank: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """Build an index from embeddings of the catalogue.
+    """Build an index from embeddings of the catalogue, or of contents.
 
     Args:
         embeddings: The folder written by `mmrec embed`.
         out: The folder to write.
         factory: A FAISS factory string: Flat is exact; HNSW32 or IVF1024,Flat are faster on many products.
-        overwrite: Replace the folder if it is there.
+        width: Index the leading components alone, of embeddings with nested widths.
+        rerank: Keep all components as float16, and score matches again by them.
+        overwrite: Replace the index if it is there; readers go on with the one that they opened.
     """
     from mmrec.retrieval.matcher import build_index
 
-    index = build_index(embeddings, out, factory=factory, overwrite=overwrite)
-    print(f"indexed {len(index):,} products, {index.width} wide, as {factory}: {out}")
+    index = build_index(
+        embeddings, out, factory=factory, width=width, rerank=rerank, overwrite=overwrite
+    )
+    what = "products" if index.key == "product_id" else "contents"
+    print(f"indexed {len(index):,} {what}, {width or index.width} wide, as {factory}: {out}")
+
+
+@index_app.command(name="upsert")
+def index_upsert(*, index: Path, embeddings: Path) -> None:
+    """Add products to an index, or replace those that it has, while it serves.
+
+    Args:
+        index: The folder written by `mmrec index build`.
+        embeddings: The folder written by `mmrec embed`, with the encoder that made the index.
+    """
+    from mmrec.retrieval.index import ProductIndex
+    from mmrec.retrieval.matcher import upsert_embeddings
+
+    with ProductIndex.load(index, device="cpu") as opened:
+        count = upsert_embeddings(opened, embeddings)
+        print(f"upserted {count:,}; {index} holds {len(opened):,}")
+        for advice in opened.status().advice:
+            print(advice)
+
+
+@index_app.command(name="delete")
+def index_delete(*, index: Path, ids: Path) -> None:
+    """Take products out of an index while it serves.
+
+    Args:
+        index: The folder written by `mmrec index build`.
+        ids: A text file with an id on each line.
+    """
+    from mmrec.retrieval.index import ProductIndex
+
+    try:
+        wanted = [line for line in ids.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{ids}: not a text file of ids ({error})") from None
+    with ProductIndex.load(index, device="cpu") as opened:
+        count = opened.delete(wanted)
+        print(f"deleted {count:,}; {index} holds {len(opened):,}")
+        missing = len(set(wanted)) - count
+        if missing:
+            print(f"{missing:,} of the ids were not there")
+
+
+@index_app.command(name="compact")
+def index_compact(*, index: Path) -> None:
+    """Fold what was upserted and deleted into a new generation of an index.
+
+    Args:
+        index: The folder written by `mmrec index build`.
+    """
+    from mmrec.retrieval.index import ProductIndex
+
+    with ProductIndex.load(index, device="cpu") as opened:
+        done = opened.compact()
+        generation = opened.status().generation
+        print(f"generation {generation}, {len(opened):,} rows" if done else "nothing to compact")
+
+
+@index_app.command(name="status")
+def index_status(index: tyro.conf.Positional[Path], *, json: bool = False) -> None:
+    """Show what an index holds, how far it has drifted since it was built, and what should be done.
+
+    Args:
+        index: The folder written by `mmrec index build`.
+        json: Print one JSON object.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from mmrec.retrieval.index import ProductIndex
+
+    status = ProductIndex.load(index, device="cpu").status()
+    print(dumps(asdict(status)) if json else "\n".join(status.lines()))
+
+
+@index_app.command(name="verify")
+def index_verify(index: tyro.conf.Positional[Path]) -> None:
+    """Read every file of an index and compare it with what was written.
+
+    Args:
+        index: The folder written by `mmrec index build`.
+    """
+    from mmrec.retrieval.index import ProductIndex
+
+    opened = ProductIndex.load(index, device="cpu", verify=True)
+    status = opened.status()
+    print(f"{index}: generation {status.generation} and {status.changes:,} changes are whole")
 
 
 @shards_app.command(name="index")
@@ -160,7 +257,13 @@ def search(
     video: str | None = None,
     images: tuple[str, ...] = (),
     text: str | None = None,
+    like: str | None = None,
+    queries: Path | None = None,
+    out: Path | None = None,
     k: int = 10,
+    where: str | None = None,
+    side: Literal["content", "product"] | None = None,
+    rerank: bool | None = None,
     encoder: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     json: bool = False,
@@ -172,17 +275,48 @@ def search(
         video: A video file or URL.
         images: Picture files or URLs, instead of a video.
         text: A title or a query in words, alone or beside the video or pictures.
+        like: The id of something in the index, to find what is near it.
+        queries: Many queries: a Parquet file with columns title, video or images, or a folder of embeddings.
+        out: The Parquet file of matches to write, with --queries.
         k: How many products to find.
+        where: A condition on attributes: "price < 30 and category = 'shoes' and available".
+        side: What a query is; left out, a content if the index holds products, and a product if contents.
+        rerank: Score matches again at full width; left out, as the index was built.
         encoder: Where the encoder is, if it is no longer where the index remembers it.
         device: auto, cpu or cuda.
         json: Print one JSON object instead of a table.
     """
     from json import dumps
 
+    from mmrec.retrieval.batch import is_embeddings, match_embeddings, match_table
+    from mmrec.retrieval.index import ProductIndex
     from mmrec.retrieval.matcher import Matcher
 
+    if (queries is None) != (out is None):
+        raise UserError("--queries and --out go together")
+    single = (video, text, like, *images)
+    if queries and any(single):
+        raise UserError("give --queries, or one query, not both")
+    if queries and out and is_embeddings(queries):
+        opened = ProductIndex.load(index, device=device)
+        counts = match_embeddings(opened, queries, out, k=k, where=where, rerank=rerank)
+        print(f"{counts.matches:,} matches of {counts.queries:,} queries: {out}")
+        return
     matcher = Matcher.load(index, encoder=encoder, device=device)
-    matches = matcher.match(video=video, images=images, text=text, k=k)
+    if queries and out:
+        counts = match_table(matcher, queries, out, k=k, where=where, side=side, rerank=rerank)
+        print(f"{counts.matches:,} matches of {counts.queries:,} queries: {out}")
+        for reason, count in counts.dropped.items():
+            print(f"  dropped: {reason}: {count:,}")
+        return
+    if like is not None:
+        if video or images or text:
+            raise UserError("give --like, or a video, images or text, not both")
+        matches = matcher.match_like(like, k=k, where=where, rerank=rerank)
+    else:
+        matches = matcher.match(
+            video=video, images=images, text=text, k=k, where=where, side=side, rerank=rerank
+        )
     if json:
         print(dumps(matches.to_dict(), ensure_ascii=False, default=str))
         return

@@ -7,6 +7,7 @@ matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
 
 import base64
 import html
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,12 +27,12 @@ from mmrec.data.media import (
     read_video,
     resize_shorter,
 )
-from mmrec.data.shards import ShardReader, image_name
+from mmrec.data.shards import ShardReader, frame_name, image_name
 from mmrec.data.storage import Place, joined
 from mmrec.errors import MediaError, UserError
 from mmrec.manifest import Parent, find_parent, read_manifest, relative_path
-from mmrec.model.encoder import Encoder
-from mmrec.retrieval.embed import open_split, pick_device, read_embeddings
+from mmrec.model.encoder import Encoder, Side
+from mmrec.retrieval.embed import Embeddings, open_split, pick_device, read_embeddings
 from mmrec.retrieval.index import Device, ProductIndex
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class Match:
     """One matched product."""
 
     product_id: str
+    """The product's id; in an index of contents the content's."""
     score: float
-    """Cosine similarity of content and product, -1 to 1."""
+    """Cosine similarity of query and match, -1 to 1."""
     title: str | None
     attributes: dict[str, Any]
     image: bytes | None = field(default=None, repr=False)
@@ -109,23 +111,17 @@ class Matcher:
     def __init__(
         self, encoder: Encoder, index: ProductIndex, *, catalog: ShardReader | None = None
     ) -> None:
-        """Join an encoder and an index; `catalog` supplies product pictures.
+        """Join an encoder and an index; `catalog` supplies the pictures of what it holds.
 
         Raises `UserError` when the encoder is not the one that made the index's embeddings.
         """
-        made_by = index.manifest.parent("encoder") if index.manifest else None
-        if made_by is not None and made_by.fingerprint != encoder.fingerprint:
-            raise UserError(
-                f"the index was built with encoder {made_by.fingerprint} and this encoder is "
-                f"{encoder.fingerprint}: their spaces differ; mend it with `mmrec embed --encoder ENCODER "
-                f"...` and `mmrec index build ...`, or load the encoder that belongs to the index"
-            )
+        check_encoder(index, encoder.fingerprint)
         self.encoder = encoder
         self.index = index
         self._catalog = catalog
-        self._picture_rows = (
-            {ids[0]: row for row, ids in enumerate(catalog.product_ids)} if catalog else {}
-        )
+        self.side: Side = "content" if index.key == "product_id" else "product"
+        """What queries are, unless said otherwise: contents ask for products, products for contents."""
+        self._picture_rows = _rows_by_id(catalog) if catalog else {}
 
     @classmethod
     def load(
@@ -146,7 +142,7 @@ class Matcher:
         return cls(
             Encoder.load(encoder, device=pick_device(device)),
             opened,
-            catalog=_open_catalog(find_parent(folder, "shards")),
+            catalog=_open_catalog(find_parent(folder, "shards"), opened),
         )
 
     def match(
@@ -157,48 +153,94 @@ class Matcher:
         title: str | None = None,
         text: str | None = None,
         k: int = 10,
+        where: str | None = None,
+        side: Side | None = None,
+        rerank: bool | None = None,
     ) -> Matches:
-        """The k products nearest to a content: a video, or pictures, with or without words, or words alone.
+        """The k nearest to a video, or pictures, with or without words, or words alone.
 
         `video` and `images` (one or several) are paths, URLs or bytes. `title` and `text` are two names
-        for the words: a content's title, or a query typed by a person.
+        for the words: a content's title, or a query typed by a person. `where` is a condition on
+        attributes ("price < 30 and available"). `side` says whether the query is a content or a
+        product, where it is not the other side of what the index holds; `rerank` as in
+        `ProductIndex.search`.
 
-        Raises `UserError` when nothing is given, both words are, or a file cannot be read.
+        Raises `UserError` when nothing is given, both words are, a file cannot be read, or the condition
+        cannot be understood.
+        """
+        words = _one_of(title, text)
+        pictures = self.read(video, images)
+        if not pictures and not (words and words.strip()):
+            raise UserError("nothing to match: give a video, images or text")
+        query = self.embed(pictures, words, side=side)[None]
+        result = self.index.search(query, k, where=where, rerank=rerank)
+        return Matches(
+            matches=self._matches(result.ids[0], result.scores[0]),
+            title=words,
+            frames=[encode_jpeg(resize_shorter(picture, _THUMBNAIL), 85) for picture in pictures],
+        )
+
+    def match_like(
+        self, id_: str, *, k: int = 10, where: str | None = None, rerank: bool | None = None
+    ) -> Matches:
+        """The k nearest to something that the index holds, without itself.
+
+        Raises `UserError` for an id that is not here, and for an index that keeps no vectors.
+        """
+        query = self.index.vectors([id_])
+        query /= np.linalg.norm(query, axis=1, keepdims=True)
+        result = self.index.search(query, k + 1, where=where, rerank=rerank)
+        pairs = zip(result.ids[0], result.scores[0], strict=False)
+        others = [(found, score) for found, score in pairs if found != id_][:k]
+        ids, scores = [found for found, _ in others], np.array([score for _, score in others])
+        return Matches(matches=self._matches(ids, scores), title=self._match(id_, 1.0).title)
+
+    def embed(
+        self, pictures: Sequence[np.ndarray], title: str | None, *, side: Side | None = None
+    ) -> Float32[np.ndarray, " D"]:
+        """The unit vector of one query, from pictures (H, W, 3) uint8 and a title, either missing."""
+        return self.embed_many([pictures], [title], side=side)[0]
+
+    def embed_many(
+        self,
+        pictures: Sequence[Sequence[np.ndarray]],
+        titles: Sequence[str | None],
+        *,
+        side: Side | None = None,
+    ) -> Float32[np.ndarray, "Q D"]:
+        """The unit vectors of several queries; one with neither pictures nor a title is zero."""
+        tensors = [
+            [
+                self.encoder.preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+                for picture in own
+            ]
+            for own in pictures
+        ]
+        batch = collate_items(
+            tensors,
+            titles,
+            tokenizer=self.encoder.tokenizer,
+            size=self.encoder.preprocess.size,
+        )
+        # An index may hold the first numbers of nested embeddings alone.
+        vectors = self.encoder.embed(batch, side or self.side, width=self.index.width)
+        return vectors.cpu().numpy()
+
+    def read(
+        self, video: Source | None = None, images: Sequence[Source] | Source = ()
+    ) -> list[np.ndarray]:
+        """The frames of a video, or pictures, as the encoder takes them: (H, W, 3) uint8 each.
+
+        Raises `UserError` when both are given, or a file cannot be read.
         """
         if isinstance(images, str | Path | bytes):
             images = [images]
         if video is not None and images:
             raise UserError("give a video or images, not both")
-        if title and text:
-            raise UserError("give title or text, not both: they are the same thing")
-        words = title or text
-        pictures = self._read(video, images)
-        if not pictures and not (words and words.strip()):
-            raise UserError("nothing to match: give a video, images or text")
-        result = self.index.search(self.embed(pictures, words)[None], k)
-        return Matches(
-            matches=[
-                self._match(product_id, float(score))
-                for product_id, score in zip(result.ids[0], result.scores[0], strict=False)
-            ],
-            title=words,
-            frames=[encode_jpeg(resize_shorter(picture, _THUMBNAIL), 85) for picture in pictures],
-        )
+        return self._read(video, images)
 
-    def embed(self, pictures: Sequence[np.ndarray], title: str | None) -> Float32[np.ndarray, " D"]:
-        """The unit vector of one content, from pictures (H, W, 3) uint8 and a title, either missing."""
-        tensors = [
-            self.encoder.preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-            for picture in pictures
-        ]
-        batch = collate_items(
-            [tensors],
-            [title],
-            tokenizer=self.encoder.tokenizer,
-            size=self.encoder.preprocess.size,
-        )
-        # An index may hold the first numbers of nested embeddings alone.
-        return self.encoder.embed(batch, "content", width=self.index.width)[0].cpu().numpy()
+    def _matches(self, ids: Sequence[str], scores: np.ndarray) -> list[Match]:
+        return [self._match(id_, float(score)) for id_, score in zip(ids, scores, strict=False)]
 
     def _read(self, video: Source | None, images: Sequence[Source]) -> list[np.ndarray]:
         source = video
@@ -217,16 +259,31 @@ class Matcher:
     def _match(self, product_id: str, score: float) -> Match:
         attributes = self.index.attributes(product_id)
         title = attributes.pop("title", None)
-        image = None
-        if self._catalog is not None and product_id in self._picture_rows:
-            row = self._picture_rows[product_id]
-            name = image_name(0)
-            # Products of tars that others wrote may have words alone.
-            image = (
-                self._catalog.read(row, [name])[name] if name in self._catalog.names(row) else None
-            )
         return Match(
-            product_id=product_id, score=score, title=title, attributes=attributes, image=image
+            product_id=product_id,
+            score=score,
+            title=title,
+            attributes=attributes,
+            image=self._picture_of(product_id),
+        )
+
+    def _picture_of(self, id_: str) -> bytes | None:
+        """The first picture, where shards have one: tars that others wrote may have words alone."""
+        if self._catalog is None or id_ not in self._picture_rows:
+            return None
+        row = self._picture_rows[id_]
+        name = image_name(0) if self._catalog.family == "products" else frame_name(0)
+        return self._catalog.read(row, [name])[name] if name in self._catalog.names(row) else None
+
+
+def check_encoder(index: ProductIndex, fingerprint: str | None) -> None:
+    """Refuse an encoder that did not make what an index holds."""
+    made_by = index.manifest.parent("encoder") if index.manifest else None
+    if made_by is not None and made_by.fingerprint != fingerprint:
+        raise UserError(
+            f"the index was built with encoder {made_by.fingerprint} and this encoder is "
+            f"{fingerprint}: their spaces differ; mend it with `mmrec embed --encoder ENCODER "
+            f"...` and `mmrec index build ...`, or load the encoder that belongs to the index"
         )
 
 
@@ -235,20 +292,26 @@ def build_index(
     out: Path,
     *,
     factory: str = "Flat",
+    width: int | None = None,
+    rerank: bool = False,
     overwrite: bool = False,
 ) -> ProductIndex:
-    """Build and publish an index from a folder of product embeddings.
+    """Build and publish an index from a folder of embeddings, of products or of contents.
 
-    The index remembers the encoder, and where the shards and their pictures lie. Raises `UserError`
-    for embeddings of contents, and for a factory that FAISS does not know.
+    The index remembers the encoder, and where the shards and their pictures lie. `width` indexes the
+    leading components alone; `rerank` keeps all of them, and scores matches again by them. Raises
+    `UserError` for a factory that FAISS does not know.
     """
     loaded = read_embeddings(embeddings)
-    if loaded.manifest.details["family"] != "products":
-        raise UserError(
-            f"{embeddings}: holds contents; an index is built of products (mmrec embed --split catalog)"
-        )
+    key = _key_of(loaded)
     index = ProductIndex.build(
-        loaded.ids, loaded.vectors, factory=factory, attributes=_attributes(loaded.metadata)
+        loaded.ids,
+        loaded.vectors,
+        factory=factory,
+        attributes=_attributes(loaded.metadata, key),
+        indexed_width=width,
+        rerank=rerank,
+        key=key,
     )
     own = Parent(
         kind="embeddings",
@@ -266,29 +329,69 @@ def build_index(
     index.save(
         out,
         parents=[own, *ancestors],
-        config={"factory": factory},
+        config={"factory": factory, "width": width, "rerank": rerank},
         counts={"in": len(loaded.ids), "out": len(index), "dropped": {}},
+        details={"split": loaded.manifest.config.get("split", "catalog")},
         overwrite=overwrite,
     )
     return index
 
 
-def _attributes(metadata: pa.Table) -> pa.Table:
-    """product_id, title, and a column an attribute, from the metadata of embeddings."""
-    import json
+def upsert_embeddings(index: ProductIndex, embeddings: Path) -> int:
+    """Upsert a folder of embeddings with its attributes; returns how many there are.
 
+    Raises `UserError` when another encoder made them than made the index, or they are of the other side.
+    """
+    loaded = read_embeddings(embeddings)
+    if _key_of(loaded) != index.key:
+        family = loaded.manifest.details["family"]
+        raise UserError(
+            f"{embeddings}: holds {family}, and this index has the column '{index.key}'"
+        )
+    theirs = loaded.manifest.parent("encoder")
+    if theirs is not None:
+        check_encoder(index, theirs.fingerprint)
+    index.upsert(loaded.ids, loaded.vectors, _attributes(loaded.metadata, index.key))
+    return len(loaded.ids)
+
+
+def _key_of(embeddings: Embeddings) -> str:
+    return "product_id" if embeddings.manifest.details["family"] == "products" else "content_id"
+
+
+def _attributes(metadata: pa.Table, key: str) -> pa.Table:
+    """The id, title, and a column an attribute, from the metadata of embeddings."""
+    linked = ["product_ids"] if "product_ids" in metadata.column_names else []
     rows = [
-        {"product_id": row["id"], "title": row["title"], **json.loads(row["attributes"])}
+        {
+            key: row["id"],
+            "title": row["title"],
+            **json.loads(row["attributes"]),
+            **{name: row[name] for name in linked},
+        }
         for row in metadata.to_pylist()
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: [row.get(name) for row in rows] for name in names})
 
 
-def _open_catalog(shards: Place | None) -> ShardReader | None:
-    """The catalogue's shards for their pictures; matches do without where they are gone."""
+def _one_of(title: str | None, text: str | None) -> str | None:
+    if title and text:
+        raise UserError("give title or text, not both: they are the same thing")
+    return title or text
+
+
+def _rows_by_id(reader: ShardReader) -> dict[str, int]:
+    if reader.family == "products":
+        return {ids[0]: row for row, ids in enumerate(reader.product_ids)}
+    return {content_id: row for row, content_id in enumerate(reader.content_ids)}
+
+
+def _open_catalog(shards: Place | None, index: ProductIndex) -> ShardReader | None:
+    """The shards of what an index holds, for pictures; matches do without where they are gone."""
+    split = index.manifest.details.get("split", "catalog") if index.manifest else "catalog"
     try:
-        return open_split(shards, "catalog") if shards else None
+        return open_split(shards, split) if shards else None
     except UserError:
         return None
 

@@ -36,7 +36,7 @@ say("ready")
 for number in range(first, first + 10_000):
     ids = [f"r{number}-{i}" for i in range(20)]
     table = pa.table({"product_id": ids, "round": [number] * 20})
-    index.upsert(ids, unit_vectors(20, seed=number), table)
+    index.upsert(ids, unit_vectors(20, seed=number + 1), table)
     say("upsert", number)
     if number % 3 == 2:
         index.delete([f"r{number - 1}-{i}" for i in range(20)])
@@ -82,7 +82,7 @@ def rounds_of(index: ProductIndex) -> dict[int, int]:
             number, place = map(int, row["product_id"][1:].split("-"))
             assert row["round"] == number
             found[number] = found.get(number, 0) + 1
-            expected = unit_vectors(20, seed=number)[place]
+            expected = unit_vectors(20, seed=number + 1)[place]
             np.testing.assert_array_equal(index.vectors([row["product_id"]])[0], expected)
     return found
 

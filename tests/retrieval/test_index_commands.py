@@ -1,0 +1,191 @@
+"""The commands of an index, filters and batches through Matcher, and both ways of matching."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmrec import Matcher, ProductIndex, cli
+from mmrec.errors import UserError
+from mmrec.manifest import read_manifest
+from mmrec.retrieval.embed import embed_shards, read_embeddings
+from mmrec.retrieval.matcher import build_index
+
+
+@pytest.fixture
+def own(index: Path, tmp_path: Path) -> Path:
+    """The index beside its ancestors, to be changed by one test alone."""
+    copy = index.parent / f"index-{tmp_path.name}"
+    shutil.copytree(index, copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+@pytest.fixture(scope="module")
+def contents(index: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings of the test contents."""
+    out = index.parent / "test-contents"
+    embed_shards(index.parent / "train/encoder", tiny_shards, out, split="test")
+    return out
+
+
+def test_upsert_delete_compact_status_and_verify(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = ProductIndex.load(own).ids
+    (tmp_path / "ids.txt").write_text("\n".join([*before[:3], "no such product", ""]))
+    cli.index_delete(index=own, ids=tmp_path / "ids.txt")
+    printed = capsys.readouterr().out
+    assert "deleted 3" in printed
+    assert "1 of the ids were not there" in printed
+    assert set(ProductIndex.load(own).ids) == set(before[3:])
+    cli.index_upsert(index=own, embeddings=own.parent / "embeddings")
+    assert f"upserted {len(before)}" in capsys.readouterr().out
+    cli.index_status(own, json=True)
+    status = json.loads(capsys.readouterr().out)
+    assert (status["products"], status["delta"], status["tombstones"]) == (
+        *(len(before), len(before)),
+        len(before),
+    )
+    cli.index_status(own)
+    assert "compact (mmrec index compact)" in capsys.readouterr().out
+    cli.index_compact(index=own)
+    assert "generation 000002" in capsys.readouterr().out
+    cli.index_verify(own)
+    assert "generation 000002 and 0 changes are whole" in capsys.readouterr().out
+    assert set(ProductIndex.load(own).ids) == set(before)
+    cli.inspect(own)
+    assert "embeddings  " in capsys.readouterr().out
+
+
+def test_where_holds_matches_to_a_condition(
+    index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matcher = Matcher.load(index)
+    table = matcher.index.products.to_pylist()
+    colour = table[0]["colour"]
+    right = {row["product_id"] for row in table if row["colour"] == colour}
+    matches = matcher.match(text="anything", k=50, where=f"colour = '{colour}'")
+    assert {match.product_id for match in matches} == right
+    cli.search(index=index, text="anything", k=50, where=f"colour = '{colour}'", json=True)
+    assert len(json.loads(capsys.readouterr().out)["matches"]) == len(right)
+    with pytest.raises(UserError, match="columns: product_id"):
+        matcher.match(text="anything", where="hue = 1")
+
+
+def test_products_like_a_product(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matcher = Matcher.load(index)
+    ids = matcher.index.ids
+    vectors = matcher.index.vectors(ids)
+    order = np.argsort(-(vectors @ vectors[4]))
+    matches = matcher.match_like(ids[4], k=3)
+    assert [match.product_id for match in matches] == [ids[row] for row in order if row != 4][:3]
+    cli.search(index=index, like=ids[4], k=3)
+    assert matches[0].product_id in capsys.readouterr().out
+    with pytest.raises(UserError, match="not in this index"):
+        matcher.match_like("nothing")
+
+
+def test_an_index_of_contents_is_asked_with_products(
+    index: Path, contents: Path, tiny_tables: Path
+) -> None:
+    out = index.parent / "contents-index"
+    built = build_index(contents, out)
+    assert built.key == "content_id"
+    matcher = Matcher.load(out)
+    assert matcher.side == "product"
+    product = pq.read_table(tiny_tables / "products.parquet").to_pylist()[0]
+    picture = tiny_tables / product["images"][0]
+    matches = matcher.match(images=[picture], title=product["title"], k=3)
+    stored = read_embeddings(index.parent / "embeddings")
+    vector = matcher.embed(matcher.read(images=[picture]), product["title"])
+    assert float(vector @ stored.vectors[stored.ids.index(product["product_id"])]) > 0.98
+    assert {match.product_id for match in matches} <= set(read_embeddings(contents).ids)
+    assert all(match.image and match.image[:2] == b"\xff\xd8" for match in matches)
+    assert "content_id" in matcher.index.products.column_names
+    with pytest.raises(
+        UserError, match="holds products, and this index has the column 'content_id'"
+    ):
+        cli.index_upsert(index=out, embeddings=index.parent / "embeddings")
+
+
+def test_a_table_of_queries(
+    index: Path, tiny_tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = pq.read_table(tiny_tables / "contents.parquet").to_pylist()[:6]
+    rows = [
+        {"content_id": row["content_id"], "title": row["title"], "video": row["video"]}
+        for row in contents
+    ]
+    rows[2]["video"] = "media/gone.mp4"
+    rows[3] |= {"title": " ", "video": None}
+    queries = tiny_tables / "queries.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), queries)
+    cli.search(index=index, queries=queries, out=tmp_path / "matches.parquet", k=4)
+    printed = capsys.readouterr().out
+    assert "16 matches of 6 queries" in printed
+    assert "dropped: no video, images or title: 1" in printed
+    table = pq.read_table(tmp_path / "matches.parquet").to_pylist()
+    matcher = Matcher.load(index)
+    for row in (rows[0], rows[5]):
+        single = matcher.match(video=tiny_tables / row["video"], title=row["title"], k=4)
+        found = [match for match in table if match["query"] == row["content_id"]]
+        assert [match["rank"] for match in found] == [1, 2, 3, 4]
+        assert [match["product_id"] for match in found] == [match.product_id for match in single]
+        np.testing.assert_allclose(
+            [match["score"] for match in found], [match.score for match in single], atol=1e-5
+        )
+    pq.write_table(pa.table({"words": ["x"]}), queries)
+    with pytest.raises(UserError, match="expected a column title, video or images; found words"):
+        cli.search(index=index, queries=queries, out=tmp_path / "matches.parquet")
+    with pytest.raises(UserError, match="--queries and --out go together"):
+        cli.search(index=index, queries=queries)
+
+
+def test_embeddings_as_queries(index: Path, contents: Path, tmp_path: Path) -> None:
+    cli.search(index=index, queries=contents, out=tmp_path / "matches.parquet", k=3)
+    loaded = read_embeddings(contents)
+    right = ProductIndex.load(index).search(loaded.vectors, 3)
+    table = pq.read_table(tmp_path / "matches.parquet")
+    assert table["query"].to_pylist() == [id_ for id_ in loaded.ids for _ in range(3)]
+    assert table["product_id"].to_pylist() == [id_ for found in right.ids for id_ in found]
+
+
+def test_embeddings_of_another_encoder_are_refused(
+    own: Path, contents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmrec.retrieval import batch, matcher
+
+    manifest = read_manifest(own / "../embeddings")
+    parents = [
+        replace(p, fingerprint="f" * 16) if p.kind == "encoder" else p for p in manifest.parents
+    ]
+
+    def read_as_of_another(folder: Path):
+        loaded = read_embeddings(folder)
+        return replace(loaded, manifest=replace(loaded.manifest, parents=parents))
+
+    monkeypatch.setattr(matcher, "read_embeddings", read_as_of_another)
+    monkeypatch.setattr(batch, "read_embeddings", read_as_of_another)
+    with pytest.raises(UserError, match=f"this encoder is {'f' * 16}.*mmrec index build"):
+        cli.index_upsert(index=own, embeddings=own.parent / "embeddings")
+    with pytest.raises(UserError, match=f"this encoder is {'f' * 16}"):
+        cli.search(index=own, queries=contents, out=tmp_path / "matches.parquet")
+
+
+def test_a_narrow_index_by_the_command_line(
+    index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = index.parent / "narrow"
+    cli.index_build(embeddings=index.parent / "embeddings", out=out, width=32, rerank=True)
+    assert "32 wide" in capsys.readouterr().out
+    whole, narrow = Matcher.load(index), Matcher.load(out)
+    # Four candidates for each match are the whole of this catalogue, so order and scores agree.
+    one, two = (matcher.match(text="a red mug", k=4) for matcher in (whole, narrow))
+    assert [match.product_id for match in one] == [match.product_id for match in two]
+    assert one[0].score == pytest.approx(two[0].score, abs=2e-3)
