@@ -30,6 +30,10 @@ _MOST_EFFORT = 64.0
 # Matches fetched for each one wanted, where they are scored again at full width.
 _RERANKED = 4
 _KEPT_FILTERS = 32
+# 64 MB of them.
+_SCORES_AT_ONCE = 2**24
+_NONE = np.float32(-np.inf)
+_IP = faiss.METRIC_INNER_PRODUCT
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,15 +171,16 @@ class View:
         """The k best live rows for each query, among those selected; fewer columns where fewer live."""
         fetched = _RERANKED * k if rerank else k
         narrow = narrowed(queries, self.base.record.indexed_width)
-        parts = [self._search_base(narrow, fetched, selection)]
+        scores, rows = self._search_base(narrow, fetched, selection)
+        # FAISS fills up with row -1 and a very low score where it found fewer.
+        found = (np.where(rows >= 0, scores, _NONE) if rows.min(initial=0) < 0 else scores), rows
         if len(self.delta):
-            parts.append(self._search_delta(narrow, fetched, selection))
-        found = _merged(parts, fetched)
+            found = self._with_delta(narrow, found, fetched, selection)
         return self._reranked(queries, found, k) if rerank else found
 
     def _search_base(self, queries: np.ndarray, k: int, selection: Selection | None) -> Found:
         if selection is not None:
-            return self._search_selected(queries, k, selection.base & ~self.dead)
+            return self._search_selected(queries, k, selection.base & self._live)
         live = self.base.record.count - self.num_dead
         k = min(k, live)
         if not k:
@@ -184,10 +189,10 @@ class View:
             return self.base.search(queries, k)
         share = self.num_dead / self.base.record.count
         if share > 0.5 and takes_selector(self.base.index):
-            return search_selected(self.base.index, queries, k, ~self.dead)
+            return search_selected(self.base.index, queries, k, self._live)
         # Twice what tombstones spread evenly would take; a query that meets more is asked again.
         fetched = min(self.base.record.count, k + 2 + math.ceil(2 * k * share / (1 - share)))
-        return self._asked_again(queries, k, fetched, ~self.dead)
+        return self._asked_again(queries, k, fetched, self._live)
 
     def _asked_again(
         self, queries: np.ndarray, k: int, fetched: int, wanted: Bool[np.ndarray, " N"]
@@ -224,14 +229,36 @@ class View:
         fetched = min(len(wanted), math.ceil(2 * k / share))
         return self._asked_again(queries, k, fetched, wanted)
 
-    def _search_delta(self, queries: np.ndarray, k: int, selection: Selection | None) -> Found:
+    def _with_delta(
+        self,
+        queries: np.ndarray,
+        found: tuple[np.ndarray, np.ndarray],
+        k: int,
+        selection: Selection | None,
+    ) -> Found:
+        """What the base gave, joined by what the delta has that is better."""
         rows, scored = self._live_delta
         if selection is not None:
             chosen = selection.delta[rows]
             rows, scored = rows[chosen], scored[chosen]
         if not len(rows):
-            return _nothing(len(queries))
-        return _nearest(queries, scored, rows + self.base.record.count, min(k, len(rows)))
+            return found
+        full = found[0].shape[1] == k
+        floors = found[0][:, -1] if full else np.full(len(queries), -np.inf, np.float32)
+        better = _above(queries, scored, floors, k)
+        if not better[0].shape[1]:
+            return found
+        late = np.where(better[1] >= 0, rows[better[1]] + self.base.record.count, -1)
+        return _best(
+            np.concatenate([found[0], better[0]], axis=1),
+            np.concatenate([found[1], late], axis=1),
+            k,
+        )
+
+    @cached_property
+    def _live(self) -> Bool[np.ndarray, " N"]:
+        """The rows of the base that are alive."""
+        return ~self.dead
 
     @cached_property
     def _live_delta(self) -> tuple[Int64[np.ndarray, " M"], Float32[np.ndarray, "M I"]]:
@@ -256,35 +283,76 @@ class View:
 def _nearest(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> Found:
     """Exact search among a few vectors, whose rows are given."""
     vectors = np.ascontiguousarray(vectors)
-    scores, places = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+    scores, places = faiss.knn(queries, vectors, k, metric=_IP)
     return scores, rows[places]
+
+
+def _above(
+    queries: np.ndarray, vectors: np.ndarray, floors: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best among vectors for each query, of those that score above its floor; -1 past the last.
+
+    The base has set the floors, so few vectors come above them, and no order of all is needed: a product
+    of matrices and a comparison are five times as fast as FAISS's search of the same vectors.
+    """
+    step = max(1, _SCORES_AT_ONCE // len(vectors))
+    if len(queries) > step:
+        parts = [
+            _above(queries[i : i + step], vectors, floors[i : i + step], k)
+            for i in range(0, len(queries), step)
+        ]
+        return _stacked(parts)
+    if np.isneginf(floors).any():
+        return faiss.knn(queries, vectors, min(k, len(vectors)), metric=_IP)
+    scores = queries @ vectors.T if len(queries) > 1 else (vectors @ queries[0])[None]
+    flat = np.flatnonzero(scores > floors[:, None])
+    if not len(flat):
+        return _nothing(len(queries))
+    numbers, places = np.divmod(flat, len(vectors))
+    values = scores.ravel()[flat]
+    order = np.lexsort((-values, numbers))
+    numbers, places, values = numbers[order], places[order], values[order]
+    rank = np.arange(len(flat)) - np.searchsorted(numbers, numbers)
+    first = rank < k
+    width = int(rank[first].max()) + 1
+    best = np.full((len(queries), width), -np.inf, np.float32)
+    rows = np.full((len(queries), width), -1, np.int64)
+    best[numbers[first], rank[first]] = values[first]
+    rows[numbers[first], rank[first]] = places[first]
+    return best, rows
+
+
+def _stacked(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Found:
+    """Lists for several queries under each other, filled up to the longest."""
+    width = max(scores.shape[1] for scores, _ in parts)
+    scores = [_filled(scores, width, -np.inf) for scores, _ in parts]
+    rows = [_filled(rows, width, -1) for _, rows in parts]
+    return np.concatenate(scores), np.concatenate(rows)
+
+
+def _filled(part: np.ndarray, width: int, value: float) -> np.ndarray:
+    return np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=value)
 
 
 def _kept(scores: np.ndarray, rows: np.ndarray, wanted: np.ndarray, k: int) -> Found:
     """The first k wanted matches of each query, in order."""
-    good = (rows >= 0) & wanted[rows]
+    good = wanted[rows]
+    good &= rows >= 0
     # Where all of the first k are wanted, as mostly, nothing moves.
     if good[:, :k].all():
         return scores[:, :k], rows[:, :k]
     order = np.argsort(~good, axis=1, kind="stable")[:, :k]
-    good = np.take_along_axis(good, order, axis=1)
-    scores = np.where(good, np.take_along_axis(scores, order, axis=1), np.float32(-np.inf))
-    return scores, np.where(good, np.take_along_axis(rows, order, axis=1), -1)
-
-
-def _merged(parts: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> Found:
-    """The k best of several lists for the same queries."""
-    full = [part for part in parts if part[0].shape[1]] or list(parts[:1])
-    # FAISS fills up with row -1 and a very low score where it found fewer.
-    scores, rows = (np.concatenate(columns, axis=1) for columns in zip(*full, strict=True))
-    scores = np.where(rows >= 0, scores, np.float32(-np.inf))
-    return (scores, rows) if len(full) == 1 else _best(scores, rows, k)
+    queries = np.arange(len(rows))[:, None]
+    good = good[queries, order]
+    scores = np.where(good, scores[queries, order], _NONE)
+    return scores, np.where(good, rows[queries, order], -1)
 
 
 def _best(scores: np.ndarray, rows: np.ndarray, k: int) -> Found:
     """The k matches of highest score, best first."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    queries = np.arange(len(rows))[:, None]
+    return scores[queries, order], rows[queries, order]
 
 
 def _nothing(num_queries: int) -> Found:
