@@ -27,7 +27,7 @@ from mmrec.retrieval.generations import (
     hold_live_generation,
     read_record,
 )
-from mmrec.retrieval.gpu import MAX_K, Device, copy_to_gpu
+from mmrec.retrieval.gpu import Device, copy_to_gpu, largest_k
 from mmrec.retrieval.keys import Keys, order_keys
 
 Found = tuple[Float32[np.ndarray, "Q K"], Int64[np.ndarray, "Q K"]]
@@ -63,7 +63,7 @@ class Base:
 
     def search(self, queries: Float32[np.ndarray, "Q I"], k: int) -> Found:
         """The k nearest rows, dead ones too."""
-        if self.searcher is None or k > MAX_K:
+        if self.searcher is None or k > largest_k(self.searcher):
             return self.index.search(queries, k)
         with self.lock:  # a GPU index has one scratch space for all threads
             return self.searcher.search(queries, k)

@@ -26,6 +26,7 @@ _HNSW_CANDIDATES = 64
 _LOSSLESS = (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)
 # More vectors than this say no more of a mean error.
 _SAMPLE = 10_000
+_ROWS_AT_ONCE = 65_536
 
 
 def build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
@@ -298,13 +299,23 @@ def _carry(base: Any, new: Any, rows: np.ndarray, vectors: np.ndarray) -> None:
         new.ntotal = len(rows)
         new.add(vectors)
     elif isinstance(base, faiss.IndexFlatCodes) and not isinstance(base, faiss.IndexFastScan):
-        codes = faiss.vector_to_array(base.codes).reshape(base.ntotal, base.code_size)
-        new.add_sa_codes(np.ascontiguousarray(codes[rows]))
+        _carry_codes(base, new, rows)
         new.add(vectors)
     else:
-        new.add(reconstruct(base, rows))
+        if len(rows):
+            new.add(reconstruct(base, rows))
         new.add(vectors)
     new.ntotal = len(rows) + len(vectors)
+
+
+def _carry_codes(base: Any, new: Any, rows: np.ndarray) -> None:
+    """Copy the codes of rows, some at a time: they may be all of the memory there is."""
+    if not len(rows):
+        return
+    codes = faiss.rev_swig_ptr(base.codes.data(), base.ntotal * base.code_size)
+    codes = codes.reshape(base.ntotal, base.code_size)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        new.add_sa_codes(np.ascontiguousarray(codes[rows[start : start + _ROWS_AT_ONCE]]))
 
 
 def _carry_lists(base: Any, new: Any, rows: np.ndarray) -> None:

@@ -18,8 +18,8 @@ _faiss: Any = faiss
 
 Device = Literal["auto", "cpu", "cuda"]
 
-# FAISS refuses a larger k on a GPU; such a search runs on the CPU.
-MAX_K = 2048
+# FAISS and cuVS refuse a larger k on a GPU; such a search runs on the CPU.
+_MAX_K, _MAX_K_OF_GRAPHS = 2048, 256
 # CAGRA keeps a list of candidates, in steps of 32; twice FAISS's default, for recall near that of HNSW.
 _CANDIDATES, _CANDIDATE_STEP = 128, 32
 _DEGREE, _INTERMEDIATE_DEGREE = 64, 128
@@ -44,6 +44,11 @@ class CagraCopy:
         candidates = max(_CANDIDATES, _CANDIDATE_STEP * math.ceil(k / _CANDIDATE_STEP))
         parameters = _faiss.SearchParametersCagra(itopk_size=candidates)
         return self._graph.search(queries, k, params=parameters)
+
+
+def largest_k(searcher: Any) -> int:
+    """How many matches a copy on the GPU gives."""
+    return _MAX_K_OF_GRAPHS if isinstance(searcher, CagraCopy) else _MAX_K
 
 
 def copy_to_gpu(index: Any, device: Device, factory: str, *, cagra: bool = False) -> Any:

@@ -88,6 +88,7 @@ class ProductIndex:
         self._list_sizes: Int64[np.ndarray, " L"] | None = None
         self._folder: Path | None = None
         self._device: Device = "cpu"
+        self._cagra = False
         self._changing = threading.RLock()
         self._writer: IO[str] | None = None
 
@@ -140,12 +141,18 @@ class ProductIndex:
 
     @classmethod
     def load(
-        cls, folder: Path | str, *, device: Device = "auto", verify: bool = False
+        cls,
+        folder: Path | str,
+        *,
+        device: Device = "auto",
+        cagra: bool = False,
+        verify: bool = False,
     ) -> "ProductIndex":
         """Open a saved index: its files are mapped, not read, and all changes since are applied.
 
         `device`: "cpu"; "cuda" for a copy on every GPU; "auto" for that where there is a GPU and
-        it takes this kind of index, and else the CPU. `verify` reads the files once more to compare
+        it takes this kind of index, and else the CPU. On a GPU HNSW becomes a CAGRA graph; `cagra`
+        makes one of a flat index, too. `verify` reads the files once more to compare
         their hashes; sizes are always compared.
 
         Raises `UserError` naming the file when one is missing, truncated or not what was saved, and
@@ -153,9 +160,9 @@ class ProductIndex:
         """
         folder = Path(folder)
         read_manifest(folder, "index")
-        base, manifest = open_live_base(folder, device, verify=verify)
+        base, manifest = open_live_base(folder, device, cagra=cagra, verify=verify)
         opened = cls(base, manifest=manifest)
-        opened._folder, opened._device = folder, device
+        opened._folder, opened._device, opened._cagra = folder, device, cagra
         opened._read_on()
         return opened
 
@@ -467,7 +474,7 @@ class ProductIndex:
     def _open_live(self) -> None:
         """Go on with the live generation."""
         assert self._folder is not None
-        base, manifest = open_live_base(self._folder, self._device)
+        base, manifest = open_live_base(self._folder, self._device, cagra=self._cagra)
         _check_same_encoder(self.manifest, manifest, self._folder)
         self._take(base, manifest)
         self._read_on()

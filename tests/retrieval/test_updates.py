@@ -21,7 +21,7 @@ CODED = [
     "SQ8",
     "IVF8,SQ8",
     "HNSW16_SQ8",
-    "OPQ8_32,IVF8,PQ8x4",
+    "IVF8,PQ8x4",
     "OPQ8_32,IVF8,PQ8x4,RFlat",
     "RR32,IVF8,RaBitQ",
     "RR32,IVF8,RaBitQ,Refine(SQfp16)",
@@ -199,6 +199,47 @@ def test_codes_of_new_products_do_not_outrank_old_ones(tmp_path):
     found = index.search(unit_vectors(100, seed=4), 10).ids
     share = np.mean([id_ in late for row in found for id_ in row])
     assert 0.4 < share < 0.6
+
+
+@pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="needs a GPU")
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16"])
+def test_a_gpu_copy_serves_base_delta_and_tombstones(factory, tmp_path):
+    ids = names(COUNT)
+    index = ProductIndex.build(
+        ids, unit_vectors(COUNT), factory=factory, attributes=attributes_of(ids, 1.0)
+    )
+    probe_all(index)
+    index.save(tmp_path / "index")
+    with index:
+        truth = change(index)
+        gpu = ProductIndex.load(tmp_path / "index", device="cuda")
+        assert gpu.device == "cuda"
+        queries = unit_vectors(40, seed=9)
+        for k in (20, 300):
+            found, right = gpu.search(queries, k).ids, expected(truth, queries, k)
+            hits = [len({*a} & {*b}) / k for a, b in zip(found, right, strict=True)]
+            assert np.mean(hits) > 0.97  # near ties, and what CAGRA does not come upon
+            assert all(set(row) <= set(truth) for row in found)
+        assert (
+            gpu.search(queries, 5, where="price = 2").ids
+            == index.search(queries, 5, where="price = 2").ids
+        )
+        index.compact()
+        gpu.refresh()
+        assert gpu.device == "cuda"
+
+
+@pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="needs a GPU")
+def test_a_flat_index_as_a_cagra_graph(tmp_path):
+    vectors = unit_vectors(20_000)
+    ProductIndex.build(names(20_000), vectors).save(tmp_path / "index")
+    graph = ProductIndex.load(tmp_path / "index", device="cuda", cagra=True)
+    queries = vectors[:200] + 0.1 * unit_vectors(200, seed=1)
+    right = ProductIndex.load(tmp_path / "index", device="cpu").search(queries, 10)
+    found = graph.search(queries, 10)
+    hits = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, right.ids, strict=True)]
+    assert np.mean(hits) > 0.9
+    np.testing.assert_allclose(found.scores[:, 0], right.scores[:, 0], atol=1e-3)
 
 
 # ------------------------------------------------------------------------------ attributes, refusals
