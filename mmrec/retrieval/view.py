@@ -248,7 +248,8 @@ class View:
         better = _above(queries, scored, floors, k)
         if not better[0].shape[1]:
             return found
-        late = np.where(better[1] >= 0, rows[better[1]] + self.base.record.count, -1)
+        late = rows[better[1]] + self.base.record.count
+        late[better[1] < 0] = -1
         return _best(
             np.concatenate([found[0], better[0]], axis=1),
             np.concatenate([found[1], late], axis=1),
@@ -304,7 +305,9 @@ def _above(
         return _stacked(parts)
     if np.isneginf(floors).any():
         return faiss.knn(queries, vectors, min(k, len(vectors)), metric=_IP)
-    scores = queries @ vectors.T if len(queries) > 1 else (vectors @ queries[0])[None]
+    if len(queries) == 1:
+        return _above_one(vectors @ queries[0], floors[0], k)
+    scores = queries @ vectors.T
     flat = np.flatnonzero(scores > floors[:, None])
     if not len(flat):
         return _nothing(len(queries))
@@ -320,6 +323,14 @@ def _above(
     best[numbers[first], rank[first]] = values[first]
     rows[numbers[first], rank[first]] = places[first]
     return best, rows
+
+
+def _above_one(scores: np.ndarray, floor: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of one query, of which people wait for the answer."""
+    places = (scores > floor).nonzero()[0]
+    values = scores[places]
+    order = (-values).argsort(kind="stable")[:k]
+    return values[order][None], places[order][None]
 
 
 def _stacked(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Found:
