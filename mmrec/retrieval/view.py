@@ -325,7 +325,7 @@ def _above(
     return best, rows
 
 
-def _above_one(scores: np.ndarray, floor: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _above_one(scores: np.ndarray, floor: np.floating, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The same of one query, of which people wait for the answer."""
     places = (scores > floor).nonzero()[0]
     values = scores[places]

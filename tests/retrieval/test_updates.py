@@ -11,6 +11,7 @@ import pytest
 from vectors import names, unit_vectors
 
 from mmrec.errors import UserError
+from mmrec.retrieval import view
 from mmrec.retrieval.index import ProductIndex
 
 WIDTH = 32
@@ -173,6 +174,27 @@ def test_tombstones_at_the_top_do_not_shorten_answers(factory, share, tmp_path):
     assert (np.diff(result.scores, axis=1) <= 0).all()
     if factory != "HNSW16":  # a graph does not reach every row
         assert len(index.search(queries, COUNT).ids[0]) == COUNT - len(gone)
+
+
+@pytest.mark.parametrize("at_once", [2**24, 900])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_base_and_delta_make_one_order(at_once, share, monkeypatch):
+    """One query or many, in one product of matrices or several, with few or most products in the delta."""
+    monkeypatch.setattr(view, "_SCORES_AT_ONCE", at_once)
+    ids, vectors = names(COUNT), unit_vectors(COUNT)
+    late = int(share * COUNT)
+    index = ProductIndex.build(ids[late:], vectors[late:])
+    index.upsert(ids[:late], vectors[:late])
+    queries = unit_vectors(30, seed=2)
+    right = expected(dict(zip(ids, vectors, strict=True)), queries, 10)
+    assert index.search(queries, 10).ids == right
+    assert [index.search(query[None], 10).ids[0] for query in queries] == right
+    scores = index.search(queries, 10).scores
+    np.testing.assert_allclose(scores, -np.sort(-(queries @ vectors.T), axis=1)[:, :10], atol=1e-6)
+    # More than the base holds.
+    assert index.search(queries, COUNT).ids == expected(
+        dict(zip(ids, vectors, strict=True)), queries, COUNT
+    )
 
 
 def test_an_index_may_become_empty_and_fill_again(saved):
