@@ -15,7 +15,14 @@ from jaxtyping import Bool, Float16, Float32, Int64
 
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, read_manifest
-from mmrec.retrieval.faiss_base import keeps_vectors, read_base, reconstruct, write_base
+from mmrec.retrieval.exact import Found
+from mmrec.retrieval.faiss_base import (
+    flat_matrix,
+    keeps_vectors,
+    read_base,
+    reconstruct,
+    write_base,
+)
 from mmrec.retrieval.generations import (
     BASE,
     KEYS,
@@ -29,9 +36,6 @@ from mmrec.retrieval.generations import (
 )
 from mmrec.retrieval.gpu import Device, copy_to_gpu, largest_k
 from mmrec.retrieval.keys import Keys, order_keys
-
-Found = tuple[Float32[np.ndarray, "Q K"], Int64[np.ndarray, "Q K"]]
-"""Scores and rows, best first; where nothing more was found -inf and row -1."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +85,11 @@ class Base:
             with self.lock:
                 return reconstruct(self.index, rows)
         return narrowed(self.store[rows].astype(np.float32), self.record.indexed_width)
+
+    @cached_property
+    def matrix(self) -> Float32[np.ndarray, "N I"] | None:
+        """All vectors of a flat index, where searches run on the CPU."""
+        return flat_matrix(self.index) if self.searcher is None else None
 
     @cached_property
     def exact(self) -> bool:

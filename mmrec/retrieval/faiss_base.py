@@ -170,6 +170,14 @@ def reconstruct(base: Any, rows: Int64[np.ndarray, " M"]) -> Float32[np.ndarray,
     return base.reconstruct_batch(rows)
 
 
+def flat_matrix(base: Any) -> Float32[np.ndarray, "N D"] | None:
+    """The vectors of a flat index, not copied; None for other kinds. Valid as long as `base` lives."""
+    base = faiss.downcast_index(base)
+    if not isinstance(base, faiss.IndexFlat) or not base.ntotal:
+        return None
+    return faiss.rev_swig_ptr(base.get_xb(), base.ntotal * base.d).reshape(base.ntotal, base.d)
+
+
 def as_scored(base: Any, vectors: Float32[np.ndarray, "M D"]) -> Float32[np.ndarray, "M D"]:
     """What the base would score in the place of new vectors.
 

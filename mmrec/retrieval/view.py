@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int64
 
-from mmrec.retrieval.base import Base, Found, narrowed
+from mmrec.retrieval.base import Base, narrowed
 from mmrec.retrieval.changes import Change, Delta, join_tables
+from mmrec.retrieval.exact import Found, above, best, joined, nearest, nothing
 from mmrec.retrieval.faiss_base import as_scored, search_selected, takes_selector
 from mmrec.retrieval.filters import matching_rows
 
@@ -30,10 +30,7 @@ _MOST_EFFORT = 64.0
 # Matches fetched for each one wanted, where they are scored again at full width.
 _RERANKED = 4
 _KEPT_FILTERS = 32
-# 64 MB of them.
-_SCORES_AT_ONCE = 2**24
 _NONE = np.float32(-np.inf)
-_IP = faiss.METRIC_INNER_PRODUCT
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +181,9 @@ class View:
         live = self.base.record.count - self.num_dead
         k = min(k, live)
         if not k:
-            return _nothing(len(queries))
+            return nothing(len(queries))
+        if self.base.matrix is not None and len(queries) > 1:
+            return nearest(queries, self.base.matrix, k, self._live if self.num_dead else None)
         if not self.num_dead:
             return self.base.search(queries, k)
         share = self.num_dead / self.base.record.count
@@ -218,10 +217,13 @@ class View:
         count = int(np.count_nonzero(wanted))
         k = min(k, count)
         if not k:
-            return _nothing(len(queries))
+            return nothing(len(queries))
         if count <= _EXACT_ROWS and self.base.exact:
             rows = np.flatnonzero(wanted)
-            return _nearest(queries, self.base.indexed_vectors(rows), rows, k)
+            scores, places = nearest(queries, self.base.indexed_vectors(rows), k)
+            return scores, rows[places]
+        if self.base.matrix is not None and len(queries) > 1:
+            return nearest(queries, self.base.matrix, k, wanted)
         share = count / len(wanted)
         if takes_selector(self.base.index):
             effort = min(1 / share, _MOST_EFFORT)
@@ -245,16 +247,12 @@ class View:
             return found
         full = found[0].shape[1] == k
         floors = found[0][:, -1] if full else np.full(len(queries), -np.inf, np.float32)
-        better = _above(queries, scored, floors, k)
+        better = above(queries, scored, floors, k)
         if not better[0].shape[1]:
             return found
         late = rows[better[1]] + self.base.record.count
         late[better[1] < 0] = -1
-        return _best(
-            np.concatenate([found[0], better[0]], axis=1),
-            np.concatenate([found[1], late], axis=1),
-            k,
-        )
+        return joined(found, (better[0], late), k)
 
     @cached_property
     def _live(self) -> Bool[np.ndarray, " N"]:
@@ -278,71 +276,7 @@ class View:
             vectors = self.vectors(needed)
             pairs = np.einsum("md,md->m", queries[places // rows.shape[1]], vectors[where])
             scores.ravel()[places] = pairs
-        return _best(scores, rows, k)
-
-
-def _nearest(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, k: int) -> Found:
-    """Exact search among a few vectors, whose rows are given."""
-    vectors = np.ascontiguousarray(vectors)
-    scores, places = faiss.knn(queries, vectors, k, metric=_IP)
-    return scores, rows[places]
-
-
-def _above(
-    queries: np.ndarray, vectors: np.ndarray, floors: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best among vectors for each query, of those that score above its floor; -1 past the last.
-
-    The base has set the floors, so few vectors come above them, and no order of all is needed: a product
-    of matrices and a comparison are five times as fast as FAISS's search of the same vectors.
-    """
-    step = max(1, _SCORES_AT_ONCE // len(vectors))
-    if len(queries) > step:
-        parts = [
-            _above(queries[i : i + step], vectors, floors[i : i + step], k)
-            for i in range(0, len(queries), step)
-        ]
-        return _stacked(parts)
-    if np.isneginf(floors).any():
-        return faiss.knn(queries, vectors, min(k, len(vectors)), metric=_IP)
-    if len(queries) == 1:
-        return _above_one(vectors @ queries[0], floors[0], k)
-    scores = queries @ vectors.T
-    flat = np.flatnonzero(scores > floors[:, None])
-    if not len(flat):
-        return _nothing(len(queries))
-    numbers, places = np.divmod(flat, len(vectors))
-    values = scores.ravel()[flat]
-    order = np.lexsort((-values, numbers))
-    numbers, places, values = numbers[order], places[order], values[order]
-    rank = np.arange(len(flat)) - np.searchsorted(numbers, numbers)
-    first = rank < k
-    width = int(rank[first].max()) + 1
-    best = np.full((len(queries), width), -np.inf, np.float32)
-    rows = np.full((len(queries), width), -1, np.int64)
-    best[numbers[first], rank[first]] = values[first]
-    rows[numbers[first], rank[first]] = places[first]
-    return best, rows
-
-
-def _above_one(scores: np.ndarray, floor: np.floating, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same of one query, of which people wait for the answer."""
-    places = (scores > floor).nonzero()[0]
-    values = scores[places]
-    order = (-values).argsort(kind="stable")[:k]
-    return values[order][None], places[order][None]
-
-
-def _stacked(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Found:
-    """Lists for several queries under each other, filled up to the longest."""
-    width = max(scores.shape[1] for scores, _ in parts)
-    scores = [_filled(scores, width, -np.inf) for scores, _ in parts]
-    rows = [_filled(rows, width, -1) for _, rows in parts]
-    return np.concatenate(scores), np.concatenate(rows)
-
-
-def _filled(part: np.ndarray, width: int, value: float) -> np.ndarray:
-    return np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=value)
+        return best(scores, rows, k)
 
 
 def _kept(scores: np.ndarray, rows: np.ndarray, wanted: np.ndarray, k: int) -> Found:
@@ -357,14 +291,3 @@ def _kept(scores: np.ndarray, rows: np.ndarray, wanted: np.ndarray, k: int) -> F
     good = good[queries, order]
     scores = np.where(good, scores[queries, order], _NONE)
     return scores, np.where(good, rows[queries, order], -1)
-
-
-def _best(scores: np.ndarray, rows: np.ndarray, k: int) -> Found:
-    """The k matches of highest score, best first."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    queries = np.arange(len(rows))[:, None]
-    return scores[queries, order], rows[queries, order]
-
-
-def _nothing(num_queries: int) -> Found:
-    return np.zeros((num_queries, 0), np.float32), np.zeros((num_queries, 0), np.int64)
