@@ -1,12 +1,14 @@
 """How fast an index answers, beside bare FAISS with the same factory, and hnswlib at equal recall.
 
-    python benchmarks/search_index.py            # 1,000,000 x 256 and 100,000 x 512: about half an hour
-    python benchmarks/search_index.py --quick    # 20,000 x 128: under a minute
+    taskset -c 0-1 python benchmarks/search_index.py            # 1,000,000 x 256 and 100,000 x 512
+    taskset -c 0-1 python benchmarks/search_index.py --quick    # 20,000 x 128: under a minute
+
+The full form takes about half an hour on two cores, most of it for building graphs.
 
 Products and queries are drawn from two mixtures, as products and videos are embedded into two parts of
 one space. Our index is loaded from its folder, with string ids, 1% of its products deleted and 1% upserted
 since it was built; FAISS holds the same vectors in memory and returns rows. The two take turns, and ratios
-are medians of the rounds. The last line is one JSON object.
+are medians of the rounds. FAISS's threads are as many as the cores. The last line is one JSON object.
 """
 
 import json
@@ -38,8 +40,6 @@ class SearchIndexConfig:
 
     quick: bool = False
     """One small catalogue and fewer rounds."""
-    threads: int = 2
-    """Threads of FAISS and hnswlib."""
     sizes: tuple[str, ...] = ("1000000x256", "100000x512")
     """Catalogues as products x width."""
     factories: tuple[str, ...] = ("Flat", "IVF{lists},Flat", "HNSW32")
@@ -48,7 +48,9 @@ class SearchIndexConfig:
 
 def main(config: SearchIndexConfig) -> None:
     """Measure, and print one JSON object on the last line."""
-    faiss.omp_set_num_threads(config.threads)
+    # As many as numpy's BLAS has taken: the cores of this process.
+    threads = len(os.sched_getaffinity(0))
+    faiss.omp_set_num_threads(threads)
     sizes = ("20000x128",) if config.quick else config.sizes
     rounds = 3 if config.quick else 5
     results: list[dict[str, Any]] = []
@@ -58,9 +60,9 @@ def main(config: SearchIndexConfig) -> None:
         for template in config.factories:
             factory = template.format(lists=4 * int(count**0.5))
             results += compare_with_faiss(vectors, queries, factory, size, rounds)
-        results += compare_with_hnswlib(vectors, queries, size, rounds, config.threads)
+        results += compare_with_hnswlib(vectors, queries, size, rounds, threads)
     machine = (
-        f"{platform.machine()}, {config.threads} of {os.cpu_count()} cores, "
+        f"{platform.machine()}, {threads} of {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, FAISS {faiss.__version__}"
     )
     print(json.dumps({"benchmark": "search_index", "machine": machine, "results": results}))

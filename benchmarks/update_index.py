@@ -45,13 +45,12 @@ class UpdateIndexConfig:
 
     quick: bool = False
     """A twentieth of the products."""
-    threads: int = 2
-    """FAISS's threads."""
 
 
 def main(config: UpdateIndexConfig) -> None:
     """Measure, and print one JSON object on the last line."""
-    faiss.omp_set_num_threads(config.threads)
+    threads = len(os.sched_getaffinity(0))
+    faiss.omp_set_num_threads(threads)
     count = 50_000 if config.quick else 1_000_000
     late = 10_000 if config.quick else 50_000
     vectors = _unit_vectors(count + late)
@@ -95,7 +94,7 @@ def main(config: UpdateIndexConfig) -> None:
             results.append(_below(f"seconds to compact {factory}", compacting, COMPACT_BAR_S))
             print(f"{factory}: opened in {_opened(folder):.3f} s")
     machine = (
-        f"{platform.machine()}, {config.threads} of {os.cpu_count()} cores, "
+        f"{platform.machine()}, {threads} of {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, FAISS {faiss.__version__}"
     )
     print(json.dumps({"benchmark": "update_index", "machine": machine, "results": results}))

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from mmrec.retrieval.base import Base, narrowed
 from mmrec.retrieval.changes import Change, Delta, join_tables
-from mmrec.retrieval.exact import Found, above, best, joined, nearest, nothing
+from mmrec.retrieval.exact import MANY_QUERIES, Found, above, best, joined, nearest, nothing
 from mmrec.retrieval.faiss_base import as_scored, search_selected, takes_selector
 from mmrec.retrieval.filters import matching_rows
 
@@ -182,7 +182,7 @@ class View:
         k = min(k, live)
         if not k:
             return nothing(len(queries))
-        if self.base.matrix is not None and len(queries) > 1:
+        if len(queries) >= MANY_QUERIES and self.base.matrix is not None:
             return nearest(queries, self.base.matrix, k, self._live if self.num_dead else None)
         if not self.num_dead:
             return self.base.search(queries, k)
@@ -222,7 +222,7 @@ class View:
             rows = np.flatnonzero(wanted)
             scores, places = nearest(queries, self.base.indexed_vectors(rows), k)
             return scores, rows[places]
-        if self.base.matrix is not None and len(queries) > 1:
+        if len(queries) >= MANY_QUERIES and self.base.matrix is not None:
             return nearest(queries, self.base.matrix, k, wanted)
         share = count / len(wanted)
         if takes_selector(self.base.index):
