@@ -45,6 +45,8 @@ class UpdateIndexConfig:
 
     quick: bool = False
     """A twentieth of the products."""
+    factories: tuple[str, ...] = ("Flat", "IVF1024,SQ8")
+    """FAISS factories."""
 
 
 def main(config: UpdateIndexConfig) -> None:
@@ -56,7 +58,7 @@ def main(config: UpdateIndexConfig) -> None:
     vectors = _unit_vectors(count + late)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for factory in ("Flat", "IVF1024,SQ8"):
+        for factory in config.factories:
             folder = Path(temporary) / factory.split(",")[0]
             ids = [f"product-{number:09d}" for number in range(count)]
             index = ProductIndex.build(

@@ -231,9 +231,8 @@ def _clear_leftovers(folder: Path) -> None:
         for path in (live / CHANGES).glob(f"{_TEMPORARY}*"):
             path.unlink()
     with suppress(UserError):
-        if read_manifest(folder) == read_manifest(live):
-            return
-    _copy_manifest(folder)
+        if read_manifest(live) != read_manifest(folder):
+            _copy_manifest(folder)
 
 
 def _remove_old(folder: Path) -> None:

@@ -42,7 +42,6 @@ from mmrec.retrieval.faiss_base import (
     reason_of,
 )
 from mmrec.retrieval.generations import (
-    CURRENT,
     Generation,
     finish_generation,
     live_generation,
@@ -187,10 +186,14 @@ class ProductIndex:
         check_output(out, kind="index", overwrite=overwrite)
         with self._changing, ExitStack() as stack:
             base = self._folded()
-            replaces = (out / CURRENT).is_file()
+            replaces = _has_live_generation(out)
             if replaces and not (self._writer and out.samefile(self._folder or out)):
                 stack.enter_context(lock_writer(out))
-            home = out if replaces else stack.enter_context(new_folder(out, kind="index"))
+            home = (
+                out
+                if replaces
+                else stack.enter_context(new_folder(out, kind="index", overwrite=overwrite))
+            )
             with next_generation(home) as generation:
                 record = write_files(generation, base)
                 manifest = Manifest(
@@ -212,7 +215,8 @@ class ProductIndex:
         with self._changing:
             if self._folder is None or not self._folder.samefile(out):
                 self.close()
-            self._folder = out
+            # What this object was opened from, perhaps with another encoder, is behind it.
+            self._folder, self.manifest = out, None
             self._open_live()
         return manifest
 
@@ -553,6 +557,14 @@ def measure_recall(
     exact = ProductIndex.build(ids, vectors).search(queries, k).ids
     pairs = zip(found, exact, strict=True)
     return float(np.mean([len(set(ours) & set(true)) / len(true) for ours, true in pairs]))
+
+
+def _has_live_generation(folder: Path) -> bool:
+    """Whether an index is there that readers may have open; a damaged one is replaced as a folder."""
+    try:
+        return live_generation(folder).is_dir()
+    except UserError:
+        return False
 
 
 def _ids_of(view: View, rows: Int64[np.ndarray, "Q K"]) -> list[list[str]]:

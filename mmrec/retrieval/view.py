@@ -141,19 +141,19 @@ class View:
         if self.delta.count:  # Either may have columns that the other lacks.
             base = pa.concat_tables([base, delta.slice(0, 0)], promote_options="permissive")
             delta = join_tables([self.base.products.slice(0, 0), delta])
-        if where not in self._selections:
+        found = self._selections.get(where)
+        if found is None:
             found = matching_rows(delta, where) if self.delta.count else np.zeros(0, bool)
-            self._selections[where] = found
+            with self.base.lock:
+                _keep(self._selections, where, found)
         # What columns there are decides what a condition means.
         key = (where, *map(str, base.schema))
         kept = self.base.filters.get(key)
         if kept is None:
             kept = matching_rows(base, where)
             with self.base.lock:
-                while len(self.base.filters) >= _KEPT_FILTERS:
-                    self.base.filters.pop(next(iter(self.base.filters)))
-                self.base.filters[key] = kept
-        return Selection(kept, self._selections[where])
+                _keep(self.base.filters, key, kept)
+        return Selection(kept, found)
 
     # ---------------------------------------------------------------------------------- searching
 
@@ -277,6 +277,13 @@ class View:
             pairs = np.einsum("md,md->m", queries[places // rows.shape[1]], vectors[where])
             scores.ravel()[places] = pairs
         return best(scores, rows, k)
+
+
+def _keep(filters: dict[Any, np.ndarray], key: Any, rows: np.ndarray) -> None:
+    """Remember the rows of a filter, and forget the oldest."""
+    while len(filters) >= _KEPT_FILTERS:
+        filters.pop(next(iter(filters)), None)
+    filters[key] = rows
 
 
 def _kept(scores: np.ndarray, rows: np.ndarray, wanted: np.ndarray, k: int) -> Found:

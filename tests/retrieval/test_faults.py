@@ -199,3 +199,25 @@ def test_an_index_of_another_encoder_is_not_gone_over_to(tmp_path):
     assert reader.manifest.parent("encoder").fingerprint == "a" * 16
     found = json.loads((tmp_path / "index/manifest.json").read_text())
     assert found["parents"][0]["fingerprint"] == "b" * 16
+
+
+def test_a_damaged_index_can_be_replaced(changed):
+    (changed / "CURRENT").write_text("000007\n")
+    with pytest.raises(UserError, match="names generation '000007'"):
+        ProductIndex.load(changed)
+    ProductIndex.build(names(5), unit_vectors(5)).save(changed, overwrite=True)
+    assert ProductIndex.load(changed).ids == names(5)
+    # What an earlier version wrote has no manifest in its generation.
+    (changed / "generations/000001/manifest.json").unlink()
+    ProductIndex.build(names(6), unit_vectors(6)).save(changed, overwrite=True)
+    assert ProductIndex.load(changed).ids == names(6)
+
+
+def test_an_index_may_be_published_with_another_encoder(tmp_path):
+    from mmrec.manifest import Parent
+
+    index = ProductIndex.build(names(5), unit_vectors(5))
+    for fingerprint in ("a" * 16, "b" * 16):
+        parent = Parent(kind="encoder", fingerprint=fingerprint, path="../encoder")
+        index.save(tmp_path / fingerprint, parents=[parent])
+        assert index.manifest.parent("encoder").fingerprint == fingerprint

@@ -110,6 +110,10 @@ def test_a_filter_is_evaluated_once_a_generation(monkeypatch):
     index.delete(["sku-00001"])
     assert index.search(unit_vectors(1), 5, where=CONDITION).ids == before
     assert len(calls) == 1
+    for number in range(100):
+        index.search(unit_vectors(1), 5, where=f"price = {number}")
+    assert len(index._view.base.filters) <= 32
+    assert len(index._view._selections) <= 32
 
 
 @pytest.mark.parametrize(
