@@ -52,7 +52,7 @@ class IndexStatus:
 
     def lines(self) -> list[str]:
         """The status as text."""
-        drift = "none upserted" if self.upserted_error is None else f"{self.upserted_error:.4f}"
+        drift = "none measured" if self.upserted_error is None else f"{self.upserted_error:.4f}"
         return [
             f"generation {self.generation}, factory {self.factory}",
             f"products: {self.products:,}",
