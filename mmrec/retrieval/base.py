@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float16, Float32, Int64
 
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, read_manifest
-from mmrec.retrieval.exact import Found
+from mmrec.retrieval.exact import WIDE, Found
 from mmrec.retrieval.faiss_base import (
     flat_matrix,
     keeps_vectors,
@@ -88,8 +88,10 @@ class Base:
 
     @cached_property
     def matrix(self) -> Float32[np.ndarray, "N I"] | None:
-        """All vectors of a flat index, where searches run on the CPU."""
-        return flat_matrix(self.index) if self.searcher is None else None
+        """All vectors of a flat index, where numpy is to search them: see exact.py."""
+        if self.searcher is not None or self.record.indexed_width >= WIDE:
+            return None
+        return flat_matrix(self.index)
 
     @cached_property
     def exact(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from vectors import names, unit_vectors
 
 from mmrec.errors import UserError
-from mmrec.retrieval import exact
+from mmrec.retrieval import base, exact
 from mmrec.retrieval.index import ProductIndex
 
 WIDTH = 32
@@ -178,10 +178,13 @@ def test_tombstones_at_the_top_do_not_shorten_answers(factory, share, tmp_path):
 
 @pytest.mark.parametrize("at_once", [8_192, 7])
 @pytest.mark.parametrize("share", [0.1, 0.9])
-def test_base_and_delta_make_one_order(at_once, share, monkeypatch):
+@pytest.mark.parametrize("wide", [512, 8])
+def test_base_and_delta_make_one_order(at_once, share, wide, monkeypatch):
     """One query or many, in one product of matrices or several, with few or most products in the delta."""
     monkeypatch.setattr(exact, "_VECTORS_AT_ONCE", 100 * at_once)
     monkeypatch.setattr(exact, "_QUERIES_AT_ONCE", at_once)
+    for module in (exact, base):
+        monkeypatch.setattr(module, "WIDE", wide)
     ids, vectors = names(COUNT), unit_vectors(COUNT)
     late = int(share * COUNT)
     index = ProductIndex.build(ids[late:], vectors[late:])
