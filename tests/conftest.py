@@ -18,13 +18,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-<<<<<<< HEAD
-    """`--kills 50` breaks off the preparation of shards, and training, more often than a quick run does."""
+    """`--kills 100` breaks off preparation, training and writers of an index more often than a quick run."""
     parser.addoption("--kills", type=int, default=4, help="kills of a program (default 4)")
-=======
-    """`--kills 100` breaks off the preparation of shards, and writers of an index, more often."""
-    parser.addoption("--kills", type=int, default=4, help="kills a test makes (default 4)")
->>>>>>> 049d143 (Commands to change, weigh and verify an index; filters and batches in search; both ways)
 
 
 def load_program(path: str) -> ModuleType:
