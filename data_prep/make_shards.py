@@ -8,19 +8,20 @@ tables give the same bytes with any number of workers, on one machine or on Ray.
     python data_prep/make_shards.py --tables runs/demo/tables --out runs/demo/shards
 
 Work in progress lies beside the output, in `.NAME.unfinished` (for a URL in `NAME.unfinished`): the same
-command run again after any kind of end goes on from there. Takes about 10 s for 1,000 clips of 112
-pixels on 2 cores; prints how many samples went where.
+command run again after any kind of end goes on from there, and where all is done it says so. Takes about
+10 s for 1,000 clips of 112 pixels on 2 cores; prints how many samples went where.
 """
 
 import fcntl
+import hashlib
 import io
 import json
 import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -57,7 +58,16 @@ from mmrec.data.splits import (
     make_claims,
     straddling,
 )
-from mmrec.data.storage import Place, is_file, is_remote, place, read_bytes, write_bytes_whole
+from mmrec.data.storage import (
+    Place,
+    check_writable,
+    is_file,
+    is_remote,
+    list_files,
+    place,
+    read_bytes,
+    write_bytes_whole,
+)
 from mmrec.data.tables import TABLE_NAMES, Tables, read_tables
 from mmrec.errors import UserError
 from mmrec.manifest import (
@@ -66,6 +76,7 @@ from mmrec.manifest import (
     Parent,
     check_output,
     fingerprint_of,
+    read_manifest,
     relative_path,
     write_manifest,
 )
@@ -74,7 +85,12 @@ NO_LINK = "no link"
 NO_PRODUCT_LEFT = "no product left"
 LOOKS_LIKE_LATER = "near duplicate of a later split"
 NO_FAULT = (NO_LINK, LOOKS_LIKE_LATER)  # left out by design: not held against --max-dropped
-DROPPED_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "kind", "reason", "detail")])
+DROPPED_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "kind", "reason", "detail")),
+        ("num_links", pa.int64()),  # lost with it; of a product, those of contents that stay
+    ]
+)
 SAMPLES_SCHEMA = pa.schema(
     [
         ("kind", pa.string()),  # content or product
@@ -132,7 +148,8 @@ class MakeShardsConfig(SplitConfig):
     timeout_s: float = 120.0
     """Longest time for decoding one sample; a decoder that takes longer is ended, the sample dropped."""
     memory_gb: float = 4.0
-    """Most memory for decoding one sample, in GiB, likewise."""
+    """Most memory of the process that decodes, for one sample, in GiB, likewise. Each worker has one such
+    process, and beside what it takes itself the worker holds no more than the JPEGs of one sample."""
     engine: EngineName = "local"
     """This machine, or a Ray cluster that reaches the same tables and output."""
     address: str | None = None
@@ -164,6 +181,8 @@ class Drop:
     reason: str
     """A short phrase, so that equal faults add up."""
     detail: str
+    num_links: int = 0
+    """Links lost with it; of a product, those of contents that stay."""
 
 
 Link = tuple[str, float]
@@ -183,12 +202,21 @@ def main(config: MakeShardsConfig) -> Path:
     _check_text_columns(config, tables)
     _check_filled_before(config, tables, links)
 
-    with (
-        _unfinished(config, tables) as work,
-        open_engine(
-            config.engine, num_workers=config.num_workers, address=config.address
-        ) as engine,
-    ):
+    with _unfinished(config, tables) as (work, manifest):
+        if manifest is None:
+            manifest = _make(config, tables, links, work)
+        else:
+            print(f"{work.out}: made before, of the same tables; --overwrite makes it anew")
+    _print_summary(config, manifest)
+    return config.out
+
+
+def _make(
+    config: MakeShardsConfig, tables: Tables, links: Mapping[str, list[Link]], work: "_Work"
+) -> Manifest:
+    with open_engine(
+        config.engine, num_workers=config.num_workers, address=config.address
+    ) as engine:
         # Decode: parts in any order, on any machine.
         parts = _decode_tasks(config, tables, links, work)
         _decode(config, engine, parts, len(tables.products), len(links))
@@ -200,12 +228,11 @@ def main(config: MakeShardsConfig) -> Path:
 
         # Pack and publish.
         work.clear_output()
-        hashes = _pack(config, engine, plan, work.folder)
-        _write_facts(config, work.folder, plan)
-        manifest = _describe(config, tables, plan, hashes)
+        hashes = _pack(config, engine, plan, work)
+        facts = _write_facts(config, work.folder, plan)
+        manifest = _describe(config, tables, plan, hashes, facts)
         work.publish(manifest)
-    _print_summary(config, manifest)
-    return config.out
+    return manifest
 
 
 # Config
@@ -256,11 +283,12 @@ def _check_filled_before(
         return
     rows = _linked(tables, links)
     ids = rows["content_id"].to_pylist()
+    cold = cold_products(config, tables.products["product_id"].to_pylist())
     found = assign_splits(
         config,
         ids,
         groups=range(len(ids)),
-        barred=[False] * len(ids),
+        barred=[any(product in cold for product, _ in links[c]) for c in ids],
         values=rows[config.split_by].to_pylist() if config.split_by else None,
     )
     check_filled(dict(zip(ids, found, strict=True)), config, has_column=False)
@@ -270,11 +298,22 @@ def _check_filled_before(
 
 
 class _Work:
-    """The folder of unfinished work: parts, and shards that are to be published."""
+    """The folder of unfinished work. What lies in it, in the order in which it comes to be:
 
-    def __init__(self, config: MakeShardsConfig) -> None:
+    plan.json       the settings that the work is of
+    parts/          what was decoded
+    output.json     (of an output at a URL) that it is this work's to write, and whether it is empty
+    packed/         a record of each shard that is whole, with its hash: no other shard is trusted
+    shards/         (of a local output) the shards, until they get their place
+    published.json  the fingerprint of what is given its place now
+    """
+
+    def __init__(self, config: MakeShardsConfig, tables: Tables) -> None:
         self.out = place(config.out)
-        self._overwrite = config.overwrite
+        self._config = config
+        settings = {name: v for name, v in asdict(config).items() if name not in _FREE_ON_RESUME}
+        settings |= {"tables": tables.fingerprint, "mmrec": mmrec.__version__}
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         if is_remote(self.out):
             # Stores of objects cannot rename a folder: shards go where they will stay, and the manifest,
             # without which nobody reads them, comes last.
@@ -284,16 +323,52 @@ class _Work:
             self.root = self.out.with_name(f".{self.out.name}.unfinished")
             self.folder = self.root / "shards"
 
-    def start(self, settings: Mapping[str, Any], *, restart: bool) -> None:
+    def find_made(self) -> Manifest | None:
+        """The manifest of the output where it is what this command makes: all was done but tidying up."""
+        if not isinstance(self.out, Path):
+            check_writable(self.out)
+        try:
+            manifest = read_manifest(self.out, "shards")
+        except UserError:
+            return None
+        parent = manifest.parent("tables")
+        settings = {n: v for n, v in manifest.config.items() if n not in _FREE_ON_RESUME}
+        settings |= {"tables": parent and parent.fingerprint, "mmrec": manifest.mmrec_version}
+        if settings != self._settings or not self._is_whole(manifest):
+            return None
+        published = self._read("published.json")
+        is_mine = published is not None and published["fingerprint"] == manifest.fingerprint
+        if self._config.overwrite and (self._config.restart or not is_mine):
+            return None
+        return manifest
+
+    def _is_whole(self, manifest: Manifest) -> bool:
+        tars = {
+            f"{family}/{path.name}"
+            for family in ("products", "contents")
+            for path in list_files(self.out / family, "*.tar")
+        }
+        return set(manifest.details.get("files", ())) <= tars
+
+    def check_output(self) -> None:
+        """Raise `UserError` for an output that must not be written, unless this work has begun to."""
+        if not self._owns_output():
+            config = self._config
+            check_output(
+                self.out, kind="shards", overwrite=config.overwrite, inputs=[place(config.tables)]
+            )
+
+    def _owns_output(self) -> bool:
+        """Whether this work has begun to write at a URL, where nobody has published since."""
+        return self._read("output.json") is not None and not is_file(self.out / FILE_NAME)
+
+    def start(self) -> None:
         """Begin, or go on where the same settings left off. Raises `UserError` for other settings."""
-        plan = self.root / "plan.json"
-        if restart:
-            self.remove()
-        if not is_file(plan):
-            write_bytes_whole(plan, json.dumps(settings, indent=2, default=str).encode())
+        earlier = self._read("plan.json")
+        if earlier is None or self._config.restart:
+            self._start_anew()
             return
-        earlier = json.loads(read_bytes(plan))
-        mine = json.loads(json.dumps(settings, default=str))
+        mine = self._settings
         differing = [
             f"{name} was {earlier.get(name)}, is {mine.get(name)}"
             for name in sorted({*earlier, *mine})
@@ -305,61 +380,107 @@ class _Work:
                 "with those, or --restart throws it away"
             )
 
-    def has_begun_at_url(self) -> bool:
-        """Whether an earlier command has begun to write shards in their final place, at a URL."""
-        begun = is_remote(self.out) and is_file(self.root / "plan.json")
-        return begun and not is_file(self.out / FILE_NAME)
+    def _start_anew(self) -> None:
+        # The plan goes first: whatever lies here without one is thrown away at the next start.
+        for name in ("plan.json", "published.json", "packed", "parts", "shards"):
+            _remove(self.root / name)
+        if self._read("output.json") is not None:
+            self._write("output.json", {"is_empty": False})
+        self._write("plan.json", self._settings)
+
+    def clear_output(self) -> None:
+        """Remove what is at a URL, so that every shard found there afterwards is of this work.
+
+        That it is under way is on record before anything goes, so that the next command goes on with it.
+        """
+        if not is_remote(self.out):
+            return
+        record = self._read("output.json")
+        if self._owns_output() and record is not None and record["is_empty"]:
+            return
+        self.check_output()  # once more: decoding may have taken the night
+        self._write("output.json", {"is_empty": False})
+        _remove(self.root / "packed")
+        # The manifest first: without it nobody takes half of the old shards for shards.
+        _remove(self.out / FILE_NAME)
+        _remove(self.out)
+        self._write("output.json", {"is_empty": True})
+
+    def receipt(self, name: str) -> Place:
+        """The record of a shard, by its path in the folder of shards."""
+        return self.root / "packed" / f"{name}.json"
 
     def publish(self, manifest: Manifest) -> None:
         """Give the shards their final place, and remove the rest."""
-        if isinstance(self.folder, Path) and isinstance(self.out, Path):
+        self._write("published.json", {"fingerprint": manifest.fingerprint})
+        if isinstance(self.folder, Path):
             # What a process that was killed was writing.
             for leftover in self.folder.rglob(".*.tmp-*"):
                 leftover.unlink()
-            write_manifest(self.folder, manifest)
-            old = self.out.with_name(f".{self.out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+        write_manifest(self.folder, manifest)
+        if isinstance(self.folder, Path) and isinstance(self.out, Path):
+            _remove(self._old(self.out))
             if self.out.exists():
-                self.out.rename(old)
+                self.out.rename(self._old(self.out))
             self.folder.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, default=str)
-            write_bytes_whole(self.folder / FILE_NAME, text.encode())
         self.remove()
 
-    def clear_output(self) -> None:
-        """Remove what was published at a URL, before shards are written over it."""
-        if is_remote(self.out) and is_file(self.out / FILE_NAME):
-            # The manifest first: without it nobody takes half of the old shards for shards.
-            (self.out / FILE_NAME).unlink()
-            self._remove(self.out)
+    def tidy(self) -> None:
+        """Remove what a command that was killed after publishing left, but no other command's work."""
+        if self._read("plan.json") in (None, self._settings):
+            self.remove()
 
     def remove(self) -> None:
-        """Remove all unfinished work."""
-        self._remove(self.root)
+        """Remove all unfinished work, and the output that was replaced."""
+        if isinstance(self.out, Path):
+            _remove(self._old(self.out))
+        # The record of what was published last, since it tells the next command that no more is to do.
+        for name in ("plan.json", "packed", "parts", "shards", "output.json", "published.json"):
+            _remove(self.root / name)
+        _remove(self.root)
 
     @staticmethod
-    def _remove(path: Place) -> None:
-        if isinstance(path, Path):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.fs.exists(path.path):
+    def _old(out: Path) -> Path:
+        return out.with_name(f".{out.name}.old")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return json.loads(read_bytes(self.root / name))
+        return None
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        write_bytes_whole(self.root / name, json.dumps(record, indent=2).encode())
+
+
+def _remove(path: Place) -> None:
+    """Remove a file or folder, if it is there."""
+    if not isinstance(path, Path):
+        if path.fs.exists(path.path):
             path.fs.rm(path.path, recursive=True)
+    elif path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def _unfinished(config: MakeShardsConfig, tables: Tables) -> Iterator[_Work]:
-    """The folder of unfinished work, held by this process alone; it stays when the block fails."""
-    work = _Work(config)
-    if not work.has_begun_at_url():
-        check_output(
-            work.out, kind="shards", overwrite=config.overwrite, inputs=[place(config.tables)]
-        )
-    settings = {name: v for name, v in asdict(config).items() if name not in _FREE_ON_RESUME}
-    settings |= {"tables": tables.fingerprint, "mmrec": mmrec.__version__}
+def _unfinished(
+    config: MakeShardsConfig, tables: Tables
+) -> Iterator[tuple[_Work, Manifest | None]]:
+    """The folder of unfinished work, held by this process alone; it stays when the block fails.
+
+    With the manifest of the output where nothing is left to do.
+    """
+    work = _Work(config, tables)
+    made = work.find_made()
+    if made is None:
+        work.check_output()
     with _only_one(work):
-        work.start(settings, restart=config.restart)
-        yield work
+        if made is None:
+            work.start()
+        else:
+            work.tidy()
+        yield work, made
 
 
 @contextmanager
@@ -553,7 +674,8 @@ def _plan(
     _check_dropped(config, "product", drops, len(products.ids))
     catalog = [n for n in range(len(products.ids)) if products.num_pictures(n)]
     links, dead = _without_dead_links(links, {products.ids[n] for n in catalog})
-    drops += dead + contents.drops()
+    gone = {drop.id for drop in dead}
+    drops += dead + [d for d in contents.drops() if d.kind != "content" or d.id not in gone]
     _check_dropped(config, "content", drops, len(contents.ids))
     kept = [
         number
@@ -563,7 +685,7 @@ def _plan(
     cold = cold_products(config, products.ids)
     kept, groups, splits, copies = _split_apart(config, tables, linked, contents, kept, links, cold)
     drops += copies
-    rows = linked.take(kept)
+    rows = _take(linked, kept)
     _check_none_lost(config, tables, splits, len(links))
     by_split: dict[Split, list[int]] = {split: [] for split in SPLITS if split in set(splits)}
     for number, split in zip(kept, splits, strict=True):
@@ -575,6 +697,7 @@ def _plan(
         groups=groups,
         links=links,
         cold=cold,
+        cold_asked=config.cold_products,
         values=values,
         held_out_from=held_out_from(config, values) if values else None,
     )
@@ -589,9 +712,24 @@ def _plan(
         links=links,
         groups={contents.ids[n]: g for n, g in zip(kept, groups, strict=True) if sizes[g] > 1},
         cold=cold,
-        drops=drops,
+        drops=_with_links(drops, {contents.ids[number] for number in kept}, tables),
         claims=claims,
     )
+
+
+def _take(table: pa.Table, numbers: Sequence[int]) -> pa.Table:
+    """These rows of a table; of no numbers pyarrow would not know that they are numbers."""
+    return table.take(pa.array(numbers, pa.int64()))
+
+
+def _with_links(drops: Sequence[Drop], kept: set[str], tables: Tables) -> list[Drop]:
+    """The drops with the number of links that went with each: together, all that are missing."""
+    columns = [tables.links[name].to_pylist() for name in ("content_id", "product_id")]
+    lost = Counter(
+        ("product", product) if content in kept else ("content", content)
+        for content, product in zip(*columns, strict=True)
+    )
+    return [replace(drop, num_links=lost[drop.kind, drop.id]) for drop in drops]
 
 
 def _without_dead_links(
@@ -623,7 +761,7 @@ def _split_apart(
     drops: list[Drop] = []
     while True:
         groups = _group(contents, kept)
-        splits = _split(config, tables, linked.take(kept), groups, links, cold)
+        splits = _split(config, tables, _take(linked, kept), groups, links, cold)
         later = straddling(groups, splits) if config.near_duplicates == "together" else []
         if not later:
             return kept, groups, splits, drops
@@ -641,7 +779,8 @@ def _group(contents: _Survey, kept: Sequence[int]) -> list[str]:
     # In the order of ids, which shards keep: whoever takes the groups again finds the same.
     order = sorted(range(len(kept)), key=lambda i: contents.ids[kept[i]])
     numbers = [kept[i] for i in order]
-    found = group_duplicates(contents.table["hashes"].take(numbers).to_pylist())
+    hashes = _take(contents.table.select(["hashes"]), numbers)["hashes"]
+    found = group_duplicates(hashes.to_pylist())
     groups = [""] * len(kept)
     for i, first in zip(order, found, strict=True):
         groups[i] = contents.ids[numbers[first]]
@@ -718,10 +857,10 @@ def _by_reason(drops: Iterable[Drop]) -> list[tuple[str, int]]:
 class _Shards(Sequence[PackTask]):
     """The shards to write; each is put together when it is asked for, since it names all its samples."""
 
-    def __init__(self, config: MakeShardsConfig, plan: _Plan, folder: Place) -> None:
+    def __init__(self, config: MakeShardsConfig, plan: _Plan, work: _Work) -> None:
         self._config = config
         self._plan = plan
-        self._folder = folder
+        self._work = work
         self._titles = dict(
             zip(
                 *(plan.product_rows[name].to_pylist() for name in ("product_id", "title")),
@@ -754,7 +893,10 @@ class _Shards(Sequence[PackTask]):
         table = self._plan.product_rows if split == "catalog" else self._plan.content_rows
         rows = table.take(chosen).to_pylist()
         samples = [pack(n, row) for n, row in zip(chosen, rows, strict=True)]
-        return PackTask(str(self._folder / self.names[number]), first, samples)
+        name = self.names[number]
+        return PackTask(
+            str(self._work.folder / name), str(self._work.receipt(name)), first, samples
+        )
 
     def num_samples(self, number: int) -> int:
         """How many samples a shard has."""
@@ -828,9 +970,9 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _pack(config: MakeShardsConfig, engine: Engine, plan: _Plan, folder: Place) -> dict[str, str]:
+def _pack(config: MakeShardsConfig, engine: Engine, plan: _Plan, work: _Work) -> dict[str, str]:
     """Write all shards; returns the hash of each by its path in the folder."""
-    shards = _Shards(config, plan, folder)
+    shards = _Shards(config, plan, work)
     hashes: dict[str, str] = {}
     total = sum(shards.num_samples(n) for n in range(len(shards)))
     with tqdm(total=total, desc="pack", unit="sample", disable=None) as progress:
@@ -843,8 +985,9 @@ def _pack(config: MakeShardsConfig, engine: Engine, plan: _Plan, folder: Place) 
 # Publishing
 
 
-def _write_facts(config: MakeShardsConfig, folder: Place, plan: _Plan) -> None:
-    """Write what is known of every sample, and what was left out."""
+def _write_facts(config: MakeShardsConfig, folder: Place, plan: _Plan) -> dict[str, str]:
+    """Write what is known of every sample, and what was left out; returns the hash of each file."""
+    hashes = {}
     rows = [*_product_facts(plan, config.samples_per_shard), *_content_facts(plan, config)]
     samples = pa.Table.from_pylist(rows, SAMPLES_SCHEMA)
     dropped = pa.Table.from_pylist([asdict(drop) for drop in plan.drops], DROPPED_SCHEMA)
@@ -852,6 +995,8 @@ def _write_facts(config: MakeShardsConfig, folder: Place, plan: _Plan) -> None:
         stream = io.BytesIO()
         pq.write_table(table, stream)
         write_bytes_whole(folder / f"{name}.parquet", stream.getvalue())
+        hashes[f"{name}.parquet"] = hashlib.sha256(stream.getvalue()).hexdigest()
+    return hashes
 
 
 def _product_facts(plan: _Plan, per_shard: int) -> Iterator[Row]:
@@ -907,7 +1052,11 @@ def _facts(
 
 
 def _describe(
-    config: MakeShardsConfig, tables: Tables, plan: _Plan, hashes: Mapping[str, str]
+    config: MakeShardsConfig,
+    tables: Tables,
+    plan: _Plan,
+    hashes: Mapping[str, str],
+    facts: Mapping[str, str],
 ) -> Manifest:
     linked = {
         split: [[product for product, _ in plan.links[plan.contents.ids[n]]] for n in chosen]
@@ -954,6 +1103,7 @@ def _describe(
             "claims": plan.claims,
             "dropped": [asdict(drop) for drop in plan.drops[:MOST_LISTED]],
             "files": sorted(hashes),
+            "facts": facts,
         },
     )
 
@@ -966,6 +1116,11 @@ def _print_summary(config: MakeShardsConfig, manifest: Manifest) -> None:
         print(f"  {split:<8}{found['contents']:>9,} contents, {found['links']:,} links")
     warm, cold = details["warm_products"], details["cold_products"]
     print(f"  {'catalog':<8}{details['catalog']:>9,} products: {warm:,} warm, {cold:,} cold")
+    held_out = details["claims"]["cold_products"]["held_out"]
+    if held_out:
+        print(f"  held out of training: {held_out:,} products (--cold-products)")
+    for split, (first, last) in details["claims"].get("split_by", {}).get("spans", {}).items():
+        print(f"  {split} by {config.split_by}: {first} to {last}")
     alike = details["claims"]["near_duplicates"]
     if alike["contents"]:
         print(

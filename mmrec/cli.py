@@ -455,3 +455,7 @@ def run_program(program: Callable[[], Result]) -> Result:
 def main() -> None:
     """The entry point of the `mmrec` command."""
     run_program(lambda: app.cli(prog="mmrec", description="Match content to products."))
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ def make_small_shards(folder: Path, **settings: Any) -> Path:
 
     c3, c9 and c12 are near duplicates, c5 has no title, c6 is a photo post, c7 is damaged, c8 has no
     link; p0 has no title, of p4 one image is damaged, and of p15 all. `day` and `level` are columns
-    of dates and decimals in the order of contents. With `cold_products=0.2` p3 and p15 are held out.
+    of dates and decimals in the order of contents. With `cold_products=0.3` p3 and p15 are held out.
     """
     (folder / "tables" / "media").mkdir(parents=True)
     products = [_product(folder / "tables", i) for i in (0, 1, 2, 3, 4, 15)]

@@ -54,7 +54,7 @@ def open_engine(
 
     `num_workers` 0 takes one per core, or all of a cluster; one worker of this machine is this process.
     `address` is a Ray cluster's; without one Ray uses what `ray start` or RAY_ADDRESS says, or starts
-    on this machine. Raises `UserError` when Ray is missing.
+    on this machine. Raises `UserError` when Ray is missing, or the cluster cannot be joined.
     """
     if name == "ray":
         yield _RayEngine(num_workers, address)
@@ -146,7 +146,7 @@ class _RayEngine:
         except ImportError:
             raise UserError("--engine ray needs Ray: pip install 'mmrec[ray]'") from None
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False)
+            _join(address)
         # A worker that dies is replaced by Ray and its task runs again.
         self._start: Callable[..., Any] = ray.remote(num_cpus=1, max_retries=MOST_DEATHS_IN_A_ROW)(
             _run
@@ -161,6 +161,20 @@ class _RayEngine:
                 yield from _finished_on_ray(running)
         while running:
             yield from _finished_on_ray(running)
+
+
+def _join(address: str | None) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        named = f"--address {address}" if address else "its address (RAY_ADDRESS)"
+        raise UserError(
+            f"the Ray cluster of {named} cannot be joined ({lines[0][:200]}); `ray status` says whether "
+            "one runs, and without an address Ray starts on this machine"
+        ) from None
 
 
 def _finished_on_ray(running: dict[Any, int]) -> Iterator[tuple[int, Any]]:

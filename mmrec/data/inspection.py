@@ -52,8 +52,9 @@ class ShardFacts:
     manifest: Manifest
     samples: pa.Table
     """A row per sample, with those columns of samples.parquet that are known."""
-    dropped: list[dict[str, str]]
-    """Id, kind, reason and detail of what was left out: all of it, or the manifest's first ones."""
+    dropped: list[dict[str, Any]]
+    """Id, kind, reason and detail of what was left out, and the links lost with it: all of it, or the
+    manifest's first ones."""
 
     @property
     def splits(self) -> list[Split]:
@@ -94,7 +95,7 @@ def read_facts(folder: Place | str) -> ShardFacts:
     return ShardFacts(folder=folder, manifest=manifest, samples=samples, dropped=dropped)
 
 
-def read_dropped(folder: Place, manifest: Manifest) -> list[dict[str, str]]:
+def read_dropped(folder: Place, manifest: Manifest) -> list[dict[str, Any]]:
     """What was left out, from dropped.parquet, or the first ones that the manifest lists."""
     path = folder / "dropped.parquet"
     if not is_file(path):
@@ -428,10 +429,10 @@ def inspection_to_json(folder: Place | str, parts: Mapping[str, Any]) -> str:
 
 
 def first_of_each(
-    dropped: Iterable[Mapping[str, str]], most: int
-) -> dict[str, list[dict[str, str]]]:
+    dropped: Iterable[Mapping[str, Any]], most: int
+) -> dict[str, list[dict[str, Any]]]:
     """The first drops of each reason."""
-    found: dict[str, list[dict[str, str]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for drop in dropped:
         examples = found.setdefault(drop["reason"], [])
         if len(examples) < most:

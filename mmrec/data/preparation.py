@@ -8,14 +8,16 @@ Shape letters: H height, W width.
 """
 
 import functools
-import hashlib
 import io
 import itertools
+import json
+import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +35,17 @@ from mmrec.data.media import (
     resize_shorter,
 )
 from mmrec.data.shards import ShardSample, index_path, write_shard
-from mmrec.data.storage import Slice, is_file, is_remote, place, read_slice, write_bytes_whole
+from mmrec.data.storage import (
+    Place,
+    Slice,
+    is_file,
+    place,
+    read_bytes,
+    read_slice,
+    write_bytes_whole,
+)
 from mmrec.errors import MediaError, UserError
+from mmrec.manifest import hash_file
 
 _FAULTS = pa.list_(pa.struct([("reason", pa.string()), ("detail", pa.string())]))
 PART_SCHEMA = pa.schema(
@@ -124,17 +135,39 @@ class DecodeTask:
         if is_file(place(f"{self.part}.parquet")):
             return report_part(self.part)
         decode = _decoder(self.config.timeout_s, self.config.memory_gb)
-        rows, data = [], bytearray()
-        for media in self.media:
-            pictures = _decode_safely(decode, self.config, media)
-            rows.append(_part_row(media.id, pictures, len(data)))
-            data += b"".join(pictures.jpegs)
+        rows = []
+        with _growing(place(f"{self.part}.bin")) as file:
+            for media in self.media:
+                pictures = _decode_safely(decode, self.config, media)
+                rows.append(_part_row(media.id, pictures, file.tell()))
+                file.writelines(pictures.jpegs)
         # The table comes last: a part that has one is whole.
-        write_bytes_whole(place(f"{self.part}.bin"), bytes(data))
         stream = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, PART_SCHEMA), stream)
         write_bytes_whole(place(f"{self.part}.parquet"), stream.getvalue())
         return PartReport(len(rows), sum(not row["sizes"] for row in rows))
+
+
+@contextmanager
+def _growing(path: Place) -> Iterator[BinaryIO]:
+    """A file on this machine's disk that gets its place when the block ends well.
+
+    So what has been written takes no memory, however much it is.
+    """
+    if not isinstance(path, Path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file  # pyright: ignore[reportReturnType]
+            file.flush()
+            write_bytes_whole(path, Path(file.name))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _decode_safely(
@@ -282,28 +315,32 @@ class PackTask:
     """Write a shard and its index out of parts."""
 
     tar: str
+    receipt: str
+    """Place of the record that the shard is whole, with its hash: a tar without one is not trusted."""
     first: int
     """Number of its first sample in the split, which keys count from."""
     samples: Sequence[Packed]
 
     def run(self) -> str:
         """Write the shard unless it is there; returns the SHA-256 of the tar in hexadecimal."""
-        target = place(self.tar)
-        if not is_file(target):
-            self._write(target)
-        with target.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+        target, receipt = place(self.tar), place(self.receipt)
+        if is_file(receipt) and is_file(target):
+            return json.loads(read_bytes(receipt))["sha256"]
+        digest = self._write(target)
+        write_bytes_whole(receipt, json.dumps({"sha256": digest}).encode())
+        return digest
 
-    def _write(self, target: Any) -> None:
-        if not is_remote(target):
+    def _write(self, target: Place) -> str:
+        if isinstance(target, Path):
             write_shard(target, self._samples())
-            return
+            return hash_file(target)
         with tempfile.TemporaryDirectory() as folder:
             tar = Path(folder) / target.name
             write_shard(tar, self._samples())
             # The index first, as `write_shard` does: a tar that is there has its index.
             write_bytes_whole(index_path(target), index_path(tar))
             write_bytes_whole(target, tar)
+            return hash_file(tar)
 
     def _samples(self) -> Any:
         for number, sample in enumerate(self.samples, self.first):

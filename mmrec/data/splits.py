@@ -5,15 +5,23 @@ that it can be checked again on finished shards.
 """
 
 import hashlib
+import math
+import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from mmrec.errors import UserError
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+# Text whose order as text is that of time: from a year to fractions of a second, as ISO 8601 writes them.
+_ISO_TIME = re.compile(
+    r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01])"
+    r"([T ]([01]\d|2[0-3]):[0-5]\d(:[0-5]\d(\.\d+)?)?(?P<zone>Z|[+-]\d\d:?\d\d)?)?)?)?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +33,13 @@ class SplitConfig:
     test: float = 0.1
     """Share of contents for the test."""
     split_by: str | None = None
-    """A column of contents, such as a date: the last ones test, those before them validate. None splits
-    by a hash of ids, so that a content keeps its split when the tables grow."""
+    """A column of contents, such as a date: the last ones test, those before them validate. It holds
+    numbers, dates or times, or text like 2025-01-31, and no value is missing. None splits by a hash of
+    ids, so that a content keeps its split when the tables grow."""
     cold_products: float = 0.0
-    """Share of products held out of training, by a hash of their ids: contents that link to one of them
-    are kept for validation and test."""
+    """Share of products held out of training: contents that link to one of them are kept for validation
+    and test. It is the share of all products, rounded to a whole number and at least one: those whose ids
+    have the smallest hashes. When the catalogue grows, new products take some of their places."""
     near_duplicates: Literal["together", "allow"] = "together"
     """Contents that show the same pictures go to one split: where any of them would be tested, all are.
     A split column in links is not changed: there the training copies of what is tested (or validated)
@@ -60,8 +70,11 @@ def check_splits(config: SplitConfig, *, has_column: bool, columns: Sequence[str
 
 
 def cold_products(config: SplitConfig, product_ids: Sequence[str]) -> set[str]:
-    """The products held out of training."""
-    return {p for p in product_ids if _place("cold", p) < config.cold_products}
+    """The products held out of training: of all product ids that the tables have, lost ones among them."""
+    if not config.cold_products:
+        return set()
+    ordered = sorted(set(product_ids), key=lambda p: (_place("cold", p), p))
+    return set(ordered[: max(1, round(config.cold_products * len(ordered)))])
 
 
 def assign_splits(
@@ -75,7 +88,8 @@ def assign_splits(
     """The split of each content.
 
     `groups` numbers groups of near duplicates, `barred` tells who must not train (it links to a cold
-    product), `values` are those of the column to split by. Raises `UserError` for a missing value.
+    product), `values` are those of the column to split by. Raises `UserError` for a missing value, and for
+    values without an order that is known to be meant.
     """
     splits: list[Split]
     if values is None:
@@ -110,6 +124,7 @@ def make_claims(
     groups: Sequence[Hashable],
     links: Mapping[str, Sequence[tuple[str, float]]],
     cold: Collection[str],
+    cold_asked: float = 0.0,
     values: Sequence[Any] | None = None,
     held_out_from: Any = None,
 ) -> dict[str, Any]:
@@ -118,7 +133,9 @@ def make_claims(
     Every count that should be 0 says how often its rule is broken: `in_two_splits` contents that
     occur in several splits, `straddling` contents that look like one of a later split,
     `linked_in_training` links of training to a product held out, `too_late` training
-    contents that come after the first one held out by --split-by (equal values count).
+    contents that come after the first one held out by --split-by (equal values count). Beside them stand
+    the share of cold products that was asked for and their number, and the first and last value of each
+    split, in which a reader sees whether the order is the one that was meant.
     """
     seen: dict[str, set[Split]] = {}
     for content_id, split in zip(content_ids, splits, strict=True):
@@ -133,6 +150,7 @@ def make_claims(
             "straddling": len(straddling(groups, splits)),
         },
         "cold_products": {
+            "asked": cold_asked,
             "held_out": len(cold),
             "linked_in_training": sum(p in cold for c in train for p, _ in links[c]),
         },
@@ -140,12 +158,23 @@ def make_claims(
     if values is not None and held_out_from is not None:
         late = zip(splits, values, strict=True)
         claims["split_by"] = {
-            "held_out_from": held_out_from
-            if isinstance(held_out_from, int | float)
-            else str(held_out_from),
+            "held_out_from": _plain(held_out_from),
             "too_late": sum(split == "train" and value >= held_out_from for split, value in late),
+            "spans": _spans(splits, values),
         }
     return claims
+
+
+def _spans(splits: Sequence[Split], values: Sequence[Any]) -> dict[str, list[Any]]:
+    """The first and last value of each split."""
+    found: dict[Split, list[Any]] = {}
+    for split, value in zip(splits, values, strict=True):
+        found.setdefault(split, []).append(value)
+    return {s: [_plain(end(found[s])) for end in (min, max)] for s in SPLITS if s in found}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float) else str(value)
 
 
 def check_filled(splits: Mapping[str, Split], config: SplitConfig, *, has_column: bool) -> None:
@@ -156,6 +185,7 @@ def check_filled(splits: Mapping[str, Split], config: SplitConfig, *, has_column
         wanted |= {split for split in ("val", "test") if getattr(config, split) > 0}
         source = f"--val {config.val} and --test {config.test}"
         source += f" by {config.split_by}" if config.split_by else ""
+        source += f" beside --cold-products {config.cold_products}" if config.cold_products else ""
     for split in sorted(wanted - set(splits.values())):
         hint = f"; --{split} 0 goes without it, and a split column in links decides by hand"
         raise UserError(
@@ -190,9 +220,7 @@ def _split_in_order(
     config: SplitConfig, content_ids: Sequence[str], values: Sequence[Any]
 ) -> list[Split]:
     """The last in order test, those before validate; equal values are never parted."""
-    missing = next((c for c, v in zip(content_ids, values, strict=True) if v is None), None)
-    if missing is not None:
-        raise UserError(f"--split-by {config.split_by}: content '{missing}' has no value there")
+    _check_order(config, content_ids, values)
     val_from, test_from = _starts(config, values)
     return [
         "test"
@@ -202,6 +230,30 @@ def _split_in_order(
         else "train"
         for value in values
     ]
+
+
+def _check_order(config: SplitConfig, content_ids: Sequence[str], values: Sequence[Any]) -> None:
+    """Raise `UserError` for a missing value, and for text whose order is not that of time."""
+    first: re.Match[str] | None = None
+    for content_id, value in zip(content_ids, values, strict=True):
+        where = f"--split-by {config.split_by}: content '{content_id}' has"
+        if _is_missing(value):
+            raise UserError(f"{where} no value there")
+        if not isinstance(value, str):
+            continue
+        found = _ISO_TIME.fullmatch(value)
+        mend = "write all alike, as 2025-01-31 or 2025-01-31T18:30, or make it a column of dates or numbers"
+        if found is None:
+            raise UserError(f"{where} '{value}', and text is ordered letter by letter; {mend}")
+        first = first or found
+        if (len(value), found["zone"]) != (len(first[0]), first["zone"]):
+            raise UserError(f"{where} '{value}' where another has '{first[0]}'; {mend}")
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, float | Decimal):
+        return not math.isfinite(value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def held_out_from(config: SplitConfig, values: Sequence[Any]) -> Any:

@@ -402,9 +402,14 @@ def _check_pairs(path: Place, links: pa.Table) -> None:
     row = _row(pc.greater(pairs["count_all"], 1))
     if row:
         pair = pairs.slice(row - 1, 1).to_pylist()[0]
+        content, product = pair["content_id"], pair["product_id"]
+        same = pc.and_(
+            pc.equal(links["content_id"], content), pc.equal(links["product_id"], product)
+        )
+        rows = pc.indices_nonzero(same).to_pylist()
         raise UserError(
-            f"{path}: the link '{pair['content_id']}' -> '{pair['product_id']}' "
-            f"occurs {pair['count_all']} times"
+            f"{path}: row {rows[1] + 1}: duplicate link '{content}' -> '{product}', first in row "
+            f"{rows[0] + 1}"
         )
 
 

@@ -40,7 +40,7 @@ from mmrec.data.splits import SPLITS, SplitConfig, cold_products, held_out_from,
 from mmrec.data.splits import Split as ContentSplit
 from mmrec.data.storage import Place, is_file, is_remote, list_files, local_copy, place
 from mmrec.errors import UserError
-from mmrec.manifest import Manifest, fingerprint_of, read_manifest
+from mmrec.manifest import Manifest, fingerprint_of, hash_file, read_manifest
 
 _ORDER: tuple[Split, ...] = ("catalog", *SPLITS)  # products first: contents are held against them
 _READ_BYTES = 1 << 20
@@ -124,6 +124,8 @@ class _Shards:
 
     def __post_init__(self) -> None:
         self.is_foreign = bool(self.manifest.details.get("foreign"))
+        # What make_shards wrote, and so promised claims and facts, whatever became of them.
+        self.is_ours = not self.is_foreign and "near_duplicates" in self.manifest.config
         self._names = _find_tars(self.folder, self.manifest)
 
     @property
@@ -434,10 +436,9 @@ def _check_inline(shards: _Shards) -> Check:
 
 def _check_drops(shards: _Shards) -> Check:
     counts = shards.manifest.counts
-    faults = []
+    faults = _differing_facts(shards, "dropped.parquet")
     dropped, skipped = Counter(counts.get("dropped", {})), counts.get("images_skipped", {})
-    path = shards.folder / "dropped.parquet"
-    if is_file(path):
+    if is_file(shards.folder / "dropped.parquet"):
         listed = read_dropped(shards.folder, shards.manifest)
         for name, counted, found in (
             ("dropped", dropped, Counter(d["reason"] for d in listed if d["kind"] != "image")),
@@ -451,6 +452,8 @@ def _check_drops(shards: _Shards) -> Check:
                 faults.append(
                     f"{name}: the manifest counts {_listed(counted)}, dropped.parquet {_listed(found)}"
                 )
+        if shards.is_ours:
+            faults += _unbalanced(counts, listed)
     came, went = counts["in"], counts["out"]
     before = came["samples"] if shards.is_foreign else came["contents"] + came["products"]
     after = went["contents"] + (0 if shards.is_foreign else went["products"])
@@ -459,6 +462,29 @@ def _check_drops(shards: _Shards) -> Check:
             f"{before:,} came in, {after:,} went out, and {dropped.total():,} were dropped"
         )
     return _of_faults("drops", faults, f"{before:,} in, {dropped.total():,} dropped, {after:,} out")
+
+
+def _unbalanced(
+    counts: Mapping[str, Mapping[str, int]], listed: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Of products, contents and links, those where what came in is not what went out and what was lost."""
+    lost = Counter(f"{drop['kind']}s" for drop in listed)
+    lost["links"] = sum(drop.get("num_links", 0) for drop in listed)
+    for name in ("products", "contents", "links"):
+        came, went = counts["in"][name], counts["out"][name]
+        if came != went + lost[name]:
+            yield f"{name}: {came:,} came in, {went:,} went out, and {lost[name]:,} were lost"
+
+
+def _differing_facts(shards: _Shards, name: str) -> list[str]:
+    """Whether a table beside the tars is gone, or is not the one whose hash the manifest has."""
+    claimed = shards.manifest.details.get("facts", {}).get(name)
+    path = shards.folder / name
+    if not is_file(path):
+        return [f"{name} is not there"] if shards.is_ours else []
+    if claimed is None:
+        return [f"the manifest has no hash of {name}"] if shards.is_ours else []
+    return [] if hash_file(path) == claimed else [f"{name} is not the one that was written"]
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -471,15 +497,16 @@ _RECORDED = ("kind", "id", "shard", "num_pictures", "num_bytes", "has_title", "n
 def _check_recorded(shards: _Shards) -> Check:
     """Whether samples.parquet is about the samples of the tars."""
     claim, path = "samples.parquet", shards.folder / "samples.parquet"
+    altered = _differing_facts(shards, claim)
     if not is_file(path):
-        return Check(claim, None, "there is none")
+        return Check(claim, False if altered else None, "is not there")
     try:
         rows = pq.read_table(local_copy(path), columns=["split", "row", *_RECORDED]).to_pylist()
     except (pa.ArrowException, OSError) as error:
         return Check(claim, False, f"cannot be read ({error})")
     found = {(row["split"], row["row"]): row for row in rows}
     links = Counter(p for c in shards.contents if c.split == "train" for p in c.product_ids)
-    faults = []
+    faults: list[str] = []
     if len(rows) != len(shards.products) + len(shards.contents):
         number = len(shards.products) + len(shards.contents)
         faults.append(f"has {len(rows):,} rows for {number:,} samples")
@@ -494,6 +521,8 @@ def _check_recorded(shards: _Shards) -> Check:
             for name in _RECORDED
             if row[name] != expected[name]
         ][:1]
+    # What differs from the tars says more than that something does.
+    faults += altered
     return _of_faults(claim, faults, f"{len(rows):,} rows that agree with the tars")
 
 
@@ -598,12 +627,16 @@ def _name(name: str) -> str:
 def _check_claims(shards: _Shards) -> Iterator[Check]:
     """The claims that `make_claims` made, made again."""
     claimed = shards.manifest.details.get("claims")
+    config = _split_config(shards.manifest)
     if claimed is None:
         yield _check_disjoint(shards, 0)
-        yield Check("near duplicates", None, "not claimed")
-        yield Check("cold products", None, "not claimed")
+        # Claims that the settings promise are missed; earlier versions, and foreign tars, made none.
+        missed = False if shards.is_ours else None
+        yield Check("near duplicates", missed, "not claimed")
+        yield Check("cold products", missed, "not claimed")
+        if config.split_by:
+            yield Check(f"split by {config.split_by}", missed, "not claimed")
         return
-    config = _split_config(shards.manifest)
     # In the order of ids, since that of the tables is not kept: groups depend on it only where more
     # contents share a frame than are compared with one another.
     contents = sorted(shards.contents, key=lambda content: content.id)
@@ -615,13 +648,14 @@ def _check_claims(shards: _Shards) -> Iterator[Check]:
         groups=groups,
         links={c.id: list(zip(c.product_ids, c.weights, strict=True)) for c in contents},
         cold=cold,
+        cold_asked=config.cold_products,
     )
     recorded = _read_recorded(shards)
     yield _check_disjoint(shards, claimed.get("contents", {}).get("in_two_splits"))
     yield _check_groups(config, claimed, found, _differing_groups(recorded, contents, groups))
     yield _check_cold(claimed, found, _differing_cold(recorded, shards, cold))
-    if "split_by" in claimed:
-        yield _check_order(shards, config, claimed["split_by"])
+    if config.split_by and (config.val or config.test):
+        yield _check_order(shards, config, claimed.get("split_by", {}))
 
 
 def _check_disjoint(shards: _Shards, claimed: int | None) -> Check:
@@ -689,15 +723,16 @@ def _differing_groups(
     said = {row["id"]: row["group"] for row in recorded if row["kind"] == "content"}
     if not said:
         return []
-    alike: dict[int, set[str]] = defaultdict(set)
-    together: dict[str, set[str]] = defaultdict(set)
-    for content, group in zip(contents, groups, strict=True):
-        alike[group].add(content.id)
-        together[said.get(content.id) or content.id].add(content.id)
-    return [
-        f"samples.parquet has other near duplicates of content '{content.id}' than its pictures"
+    sizes = Counter(groups)
+    # As make_shards names groups: by the first id in it, and those alone not at all.
+    named = {
+        content.id: contents[group].id if sizes[group] > 1 else None
         for content, group in zip(contents, groups, strict=True)
-        if alike[group] != together[said.get(content.id) or content.id]
+    }
+    return [
+        f"samples.parquet has content '{name}' in group {said.get(name)}, its pictures in {group}"
+        for name, group in named.items()
+        if said.get(name) != group
     ]
 
 
@@ -728,6 +763,9 @@ def _check_order(shards: _Shards, config: SplitConfig, claimed: Mapping[str, Any
             checks.append(Check(claim, False, str(error)))
             continue
         check = _compare(claim, claimed, found)
+        if check.holds:
+            spans = [f"{split} {a} to {b}" for split, (a, b) in found.pop("spans").items()]
+            check = Check(claim, True, f"{_figures(found)}: {', '.join(spans)}")
         late = f"{found['too_late']} training contents are not before {found['held_out_from']}"
         checks.append(check if not found["too_late"] else Check(claim, False, late))
     return next((check for check in checks if check.holds), checks[0])

@@ -58,7 +58,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    return make_small_shards(folder, samples_per_shard=3, cold_products=0.2, val=0.0, test=0.15)
+    return make_small_shards(folder, samples_per_shard=3, cold_products=0.3, val=0.0, test=0.15)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from mmrec.errors import UserError
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     return make_small_shards(
-        folder, samples_per_shard=3, cold_products=0.2, val=0.0, test=0.15, text_columns=("title",)
+        folder, samples_per_shard=3, cold_products=0.3, val=0.0, test=0.15, text_columns=("title",)
     )
 
 

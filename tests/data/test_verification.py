@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture
 def shards(made: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy to tamper with: products 3 a tar, p3 held out of training, splits by a hash."""
-    source = made(samples_per_shard=3, cold_products=0.2, val=0.0, test=0.15)
+    source = made(samples_per_shard=3, cold_products=0.3, val=0.0, test=0.15)
     return shutil.copytree(source, tmp_path / "shards")
 
 
@@ -91,7 +91,7 @@ def flip(tar: Path, sample: int, member: str, at: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "held_out", "straddling"),
     [
-        ({"samples_per_shard": 3, "cold_products": 0.2, "val": 0.0, "test": 0.15}, 2, 0),
+        ({"samples_per_shard": 3, "cold_products": 0.3, "val": 0.0, "test": 0.15}, 2, 0),
         ({"near_duplicates": "allow", "val": 0.0, "test": 0.5}, 0, 2),
     ],
 )
@@ -388,7 +388,7 @@ def test_an_edited_table_of_drops(shards):
 @pytest.fixture
 def foreign(made: Callable[..., Path], tmp_path: Path) -> Path:
     """The training tars of the small shards, read as somebody else's."""
-    source = made(samples_per_shard=3, cold_products=0.2, val=0.0, test=0.15)
+    source = made(samples_per_shard=3, cold_products=0.3, val=0.0, test=0.15)
     shutil.copytree(source / "contents", tmp_path / "tars")
     mapping = ForeignMapping(
         frames="f*.jpg",
@@ -437,7 +437,7 @@ def test_the_command_prints_a_line_a_claim(shards, capsys):
 
 @pytest.mark.parametrize("flags", [{"verify": True}, {"report": Path("sheet.html")}])
 def test_only_shards_are_verified_and_shown(made, flags):
-    tables = made(samples_per_shard=3, cold_products=0.2, val=0.0, test=0.15).parent / "tables"
+    tables = made(samples_per_shard=3, cold_products=0.3, val=0.0, test=0.15).parent / "tables"
     flag = f"--{next(iter(flags))}"
     with pytest.raises(UserError, match=f"{flag} is for shards, and this holds tables"):
         cli.inspect(tables, **flags)
