@@ -84,3 +84,24 @@ def test_ray_runs_tasks_again_whose_worker_died(tmp_path: Path, local_ray: None)
 def test_a_bug_in_a_task_on_ray_is_raised_as_it_is(tmp_path: Path, local_ray: None) -> None:
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run_tasks([Faulty()], engine="ray")
+
+
+@pytest.mark.parametrize(
+    ("raised", "address"),
+    [(ConnectionError("Could not find any running Ray instance."), "auto"), (ValueError(), None)],
+)
+def test_a_cluster_that_cannot_be_joined_is_an_error_in_words(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, address: str | None
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def refuse(**_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    reason = str(raised) or "ValueError"
+    named = f"--address {address}" if address else "its address (RAY_ADDRESS)"
+    with pytest.raises(UserError) as caught, open_engine("ray", address=address):
+        pass
+    assert f"the Ray cluster of {named} cannot be joined ({reason})" in str(caught.value)

@@ -300,7 +300,7 @@ BAD: dict[str, tuple[Mapping[str, Rows], list[str]]] = {
     ),
     "duplicate link": (
         {"links": [*LINKS, LINKS[0]]},
-        ["links", "'c1' -> 'p1'", "2 times"],
+        ["links", "row 3", "duplicate link 'c1' -> 'p1'", "first in row 1"],
     ),
     "product without images": (
         {"products": changed(PRODUCTS, 1, images=[])},

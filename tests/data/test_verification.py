@@ -100,14 +100,25 @@ def test_whole_shards_hold_every_claim(made, settings, held_out, straddling):
     assert list(checks) == [claim for claim in CLAIMS if claim != "split val"]
     assert [check.line() for check in checks.values() if check.holds is not True] == []
     # p15 is held out, too, though its images were lost.
-    assert f"held out {held_out}," in checks["cold products"].detail
+    asked = settings.get("cold_products", 0.0)
+    assert f"asked {asked}, held out {held_out}," in checks["cold products"].detail
     assert checks["near duplicates"].detail == f"groups 1, contents 3, straddling {straddling}"
 
 
-@pytest.mark.parametrize(("column", "first"), [("day", "2024-01-11"), ("level", "10.5")])
-def test_splits_in_order_of_a_column(made, column, first):
+@pytest.mark.parametrize(
+    ("column", "first", "spans"),
+    [
+        (
+            "day",
+            "2024-01-11",
+            "train 2024-01-01 to 2024-01-07, val 2024-01-11 to 2024-01-12, test 2024-01-04 to 2024-01-14",
+        ),
+        ("level", "10.5", "train 0.5 to 6.5, val 10.5 to 11.5, test 3.5 to 13.5"),
+    ],
+)
+def test_splits_in_order_of_a_column(made, column, first, spans):
     check = verify_shards(made(split_by=column, val=0.2, test=0.2))[-1]
-    assert check.line() == f"ok      split by {column}: held out from {first}, too late 0"
+    assert check.line() == f"ok      split by {column}: held out from {first}, too late 0: {spans}"
 
 
 def test_generated_shards_in_several_tars(tiny_shards):
@@ -127,8 +138,9 @@ def test_shards_at_a_url(shards, tmp_path, monkeypatch):
     assert found["tars"] == "contents/train-000000.tar is not there"
 
 
-def test_shards_without_claims_or_facts(shards):
-    edit_manifest(shards, lambda m: (m["details"].pop("claims"), m["details"].pop("files")))
+def test_shards_of_a_version_without_claims_and_facts(shards):
+    edit_manifest(shards, lambda m: [m["details"].pop(n) for n in ("claims", "files", "facts")])
+    edit_manifest(shards, lambda m: m["config"].pop("near_duplicates"))
     (shards / "samples.parquet").unlink()
     checks = verify_shards(shards)
     unclaimed = [check.claim for check in checks if check.holds is None]
@@ -266,7 +278,16 @@ def test_a_late_content_in_training(made, tmp_path):
             "the manifest says links 6, the tars 5",
         ),
         (lambda m: m["details"].update(warm_products=4), "products", "warm products 4, the tars 2"),
-        (lambda m: m["counts"]["out"].update(links=9), "totals", "says links 9, the tars 13"),
+        (
+            lambda m: m["counts"]["in"].update(links=9),
+            "drops",
+            "links: 9 came in, 13 went out, and 1 were lost",
+        ),
+        (
+            lambda m: m["counts"]["in"].update(products=7, contents=13),
+            "drops",
+            "products: 7 came in, 5 went out, and 1 were lost (and 1 more)",
+        ),
         (
             lambda m: m["counts"]["dropped"].update({"no link": 2}),
             "drops",
@@ -288,6 +309,16 @@ def test_a_late_content_in_training(made, tmp_path):
             "the manifest says 1 in two splits, the tars 0",
         ),
         (lambda m: m["details"]["claims"].pop("cold_products"), "cold products", "held out None"),
+        (
+            lambda m: m["details"]["claims"]["cold_products"].update(asked=0.5),
+            "cold products",
+            "the manifest says asked 0.5, the tars 0.3",
+        ),
+        (
+            lambda m: m["details"]["facts"].pop("samples.parquet"),
+            "samples.parquet",
+            "the manifest has no hash of samples.parquet",
+        ),
         (lambda m: m.update(fingerprint="0" * 16), "fingerprint", "the manifest says 0000"),
     ],
 )
@@ -296,6 +327,35 @@ def test_an_edited_manifest(shards, change, claim, detail):
     found = differing(shards)
     assert set(found) == {claim}
     assert detail in found[claim]
+
+
+def test_totals_that_were_edited(shards):
+    edit_manifest(shards, lambda m: m["counts"]["out"].update(links=9))
+    found = differing(shards)
+    assert set(found) == {"totals", "drops"}
+    assert "the manifest says links 9, the tars 13" in found["totals"]
+
+
+def test_claims_that_were_removed(shards, made, tmp_path):
+    edit_manifest(shards, lambda m: m["details"].pop("claims"))
+    assert differing(shards) == {"near duplicates": "not claimed", "cold products": "not claimed"}
+    by_day = shutil.copytree(made(split_by="day", val=0.2, test=0.2), tmp_path / "by_day")
+    edit_manifest(by_day, lambda m: m["details"]["claims"].pop("split_by"))
+    found = differing(by_day)
+    assert set(found) == {"split by day"}
+    assert "the manifest says held out from None, the tars 2024-01-11" in found["split by day"]
+    edit_manifest(by_day, lambda m: m["details"].pop("claims"))
+    assert set(differing(by_day)) == {"near duplicates", "cold products", "split by day"}
+
+
+@pytest.mark.parametrize(
+    ("name", "claim"), [("samples.parquet", "samples.parquet"), ("dropped.parquet", "drops")]
+)
+def test_a_removed_table(shards, name, claim):
+    (shards / name).unlink()
+    found = differing(shards)
+    assert set(found) == {claim}
+    assert "is not there" in found[claim]
 
 
 def test_a_removed_tar(shards):
@@ -362,6 +422,7 @@ def test_a_product_twice_and_one_that_is_missing(shards):
         ("id", "c99", "samples.parquet"),
         ("num_links", 7, "samples.parquet"),
         ("group", "c1", "near duplicates"),
+        ("width", 1, "samples.parquet"),  # of the original, which no shard holds
         ("cold", True, "cold products"),
     ],
 )
@@ -374,6 +435,20 @@ def test_an_edited_table_of_samples(shards, column, value, claim):
             row[column] = value
     pq.write_table(type(table).from_pylist(rows, table.schema), path)
     assert claim in differing(shards)
+
+
+def test_a_content_put_into_a_group_of_its_own(shards):
+    path = shards / "samples.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    next(row for row in rows if row["id"] == "c1")["group"] = "zzz"
+    pq.write_table(type(table).from_pylist(rows, table.schema), path)
+    # A careful forger puts the hash right as well.
+    edit_manifest(shards, lambda m: m["details"]["facts"].update({path.name: hash_file(path)}))
+    found = differing(shards)
+    assert found == {
+        "near duplicates": "samples.parquet has content 'c1' in group zzz, its pictures in None"
+    }
 
 
 def test_an_edited_table_of_drops(shards):

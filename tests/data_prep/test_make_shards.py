@@ -425,10 +425,25 @@ def test_flags_out_of_range(catalogue, changes, message):
         make(catalogue, **changes)
 
 
-def test_an_output_that_is_there(catalogue):
+def test_an_output_that_is_there(catalogue, capsys):
     folder = make(catalogue)
+    before = files_of(folder), (folder / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="already exists"):
+        make(catalogue, num_frames=2)
+    capsys.readouterr()
+    # The same command has nothing to do, on any number of workers.
+    make(catalogue, num_workers=2)
+    assert "made before, of the same tables; --overwrite makes it anew" in capsys.readouterr().out
+    assert (files_of(folder), (folder / "manifest.json").stat().st_mtime_ns) == before
+    catalogue.contents[0]["title"] = "Another"
     with pytest.raises(UserError, match="already exists"):
         make(catalogue)
+    catalogue.contents[0]["title"] = "Content 0"
+    (folder / "contents" / "val-000000.tar").unlink()
+    with pytest.raises(UserError, match="already exists"):
+        make(catalogue)
+    make(catalogue, overwrite=True)
+    assert files_of(folder) == before[0]
     make(catalogue, overwrite=True, num_frames=2)
     assert read_manifest(folder).config["num_frames"] == 2
 
@@ -443,9 +458,18 @@ def test_the_command(catalogue):
     assert "4 products: 3 warm, 1 cold" in done.stdout
     assert json.loads((tables.parent / "shards" / "manifest.json").read_text())["kind"] == "shards"
     again = subprocess.run(command, cwd=tables.parent, capture_output=True, text=True, check=False)
-    assert again.returncode == 1
-    assert len(again.stderr.splitlines()) == 1
-    assert "already exists" in again.stderr
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.endswith(done.stdout)
+    other = subprocess.run(
+        [*command, "--num-frames", "2"],
+        cwd=tables.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert other.returncode == 1
+    assert len(other.stderr.splitlines()) == 1
+    assert "already exists" in other.stderr
 
 
 # Splits that keep their word
@@ -500,15 +524,15 @@ def test_cold_products_are_held_out_of_training(catalogue):
     rows = pq.read_table(folder / "samples.parquet").to_pylist()
     cold = {row["id"] for row in rows if row["kind"] == "product" and row["cold"]}
     claims = read_manifest(folder).details["claims"]["cold_products"]
-    assert claims == {"held_out": len(cold), "linked_in_training": 0}
-    assert 0 < len(cold) < 4
+    assert claims == {"asked": 0.4, "held_out": 2, "linked_in_training": 0}
+    assert len(cold) == 2
     trained = {p for ids in open_shards(folder, "contents", "train").product_ids for p in ids}
     assert trained.isdisjoint(cold)
     tested = {p for ids in open_shards(folder, "contents", "test").product_ids for p in ids}
     assert tested & cold
 
 
-def test_splits_in_order_of_a_column(catalogue):
+def test_splits_in_order_of_a_column(catalogue, capsys):
     without_splits(catalogue)
     folder = make(catalogue, val=0.17, test=0.33, split_by="likes")
     expected = dict.fromkeys(["c0", "c1", "c2"], "train") | {
@@ -518,7 +542,55 @@ def test_splits_in_order_of_a_column(catalogue):
     }
     assert split_of(folder) == expected
     claims = read_manifest(folder).details["claims"]["split_by"]
-    assert claims == {"held_out_from": 3, "too_late": 0}
+    spans = {"train": [0, 2], "val": [3, 3], "test": [4, 5]}
+    assert claims == {"held_out_from": 3, "too_late": 0, "spans": spans}
+    assert "  test by likes: 4 to 5\n" in capsys.readouterr().out
+
+
+def test_splits_by_a_column_with_gaps_or_dates_that_do_not_sort(catalogue):
+    without_splits(catalogue)
+    catalogue.contents[2]["price"] = float("nan")
+    for number, row in enumerate(catalogue.contents):
+        row["price"] = row.get("price", float(number))
+        row["date"] = f"{number + 1}/2022"
+    for column, message in (("price", "content 'c2' has no value"), ("date", "has '1/2022', and")):
+        config = config_for(catalogue, split_by=column, val=0.2, test=0.2)
+        with pytest.raises(UserError, match=message):
+            program.main(config)
+        assert not config.out.with_name(".shards.unfinished").exists()
+
+
+@pytest.mark.parametrize("column", [True, False])
+def test_nothing_left_is_an_error_in_words(catalogue, column):
+    if not column:
+        without_splits(catalogue)
+    for path in (catalogue.folder / "media").iterdir():
+        path.write_bytes(b"noise" * 50)
+    with pytest.raises(UserError, match="split 'train' is empty"):
+        make(catalogue, max_dropped=1.0)
+
+
+def test_a_content_that_lost_its_product_and_its_clip_is_dropped_once(catalogue):
+    for name in ("p1-0.png", "p1-1.png", "c1.mp4"):
+        break_file(catalogue, f"media/{name}")
+    folder = make(catalogue)
+    assert read_manifest(folder).counts["dropped"] == {
+        "cannot open image": 1,
+        "no product left": 2,  # c1 and c4
+    }
+    rows = pq.read_table(folder / "dropped.parquet").to_pylist()
+    assert {row["id"]: row["num_links"] for row in rows} == {"p1": 0, "c1": 1, "c4": 1}
+
+
+def test_links_lost_are_counted_with_what_they_were_lost_with(catalogue):
+    catalogue.link("c4", "p3", 2.0)  # beside p1
+    break_file(catalogue, "media/p1-0.png")
+    break_file(catalogue, "media/p1-1.png")
+    folder = make(catalogue)
+    rows = pq.read_table(folder / "dropped.parquet").to_pylist()
+    assert {row["id"]: row["num_links"] for row in rows} == {"p1": 1, "c1": 1}
+    counts = read_manifest(folder).counts
+    assert counts["in"]["links"] == counts["out"]["links"] + 2
 
 
 def test_text_columns_become_the_contents_text(catalogue):
@@ -620,6 +692,89 @@ def test_what_is_finished_is_not_done_again(catalogue, monkeypatch):
     program.main(replace(config, max_dropped=0.5))
     after = {path.name: path.stat().st_mtime_ns for path in kept}
     assert {name: after[name] for name in before} == before
+
+
+class KilledError(BaseException):
+    """Ends a run where it stands, as a kill does: nothing catches it."""
+
+
+def kill(*_: object) -> None:
+    """Stand in for the step at which a run is killed."""
+    raise KilledError
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_while_tidying_up_leaves_nothing_to_do(catalogue, monkeypatch, overwrite):
+    config = config_for(catalogue, overwrite=overwrite)
+    if overwrite:
+        make(catalogue, num_frames=2)
+    expected = files_of(program.main(replace(config, out=config.out.with_name("whole"))))
+    remove, decode, last = program._remove, program._decode, 0
+    while True:
+        # Killed at the first removal after publishing, at the second, and so on.
+        steps = []
+
+        def step(path, last=last, steps=steps):
+            if (config.out / "manifest.json").is_file():
+                steps.append(path)
+            if len(steps) > last:
+                raise KilledError
+            remove(path)
+
+        shutil.rmtree(config.out, ignore_errors=True)
+        monkeypatch.setattr(program, "_remove", step)
+        try:
+            program.main(config)
+            break
+        except KilledError:
+            last += 1
+        assert files_of(config.out) == expected
+        monkeypatch.setattr(program, "_remove", remove)
+        monkeypatch.setattr(program, "_decode", kill)  # nothing is decoded again
+        program.main(config)
+        monkeypatch.setattr(program, "_decode", decode)
+        left = sorted(path.name for path in config.out.parent.iterdir())
+        assert left == ["shards", "tables", "whole"]
+    assert last >= 5
+
+
+def test_unfinished_work_of_another_command_stays(catalogue, monkeypatch):
+    config = config_for(catalogue)
+    program.main(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(program._Work, "publish", kill)
+        with pytest.raises(KilledError):
+            program.main(replace(config, num_frames=2, overwrite=True))
+    program.main(config)
+    assert (config.out.with_name(".shards.unfinished") / "plan.json").is_file()
+    program.main(replace(config, num_frames=2, overwrite=True))
+    assert read_manifest(config.out).config["num_frames"] == 2
+
+
+def test_work_that_was_half_thrown_away_is_not_trusted(catalogue, monkeypatch):
+    config = config_for(catalogue)
+    expected = files_of(program.main(replace(config, out=config.out.with_name("whole"))))
+    root = config.out.with_name(".shards.unfinished")
+    with monkeypatch.context() as patch:
+        patch.setattr(program._Work, "publish", kill)
+        with pytest.raises(KilledError):
+            program.main(config)
+    remove = program._remove
+
+    def remove_some(path):
+        if path.name == "parts":
+            for part in path.glob("*.bin"):
+                part.write_bytes(b"other bytes")
+            raise KilledError
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_remove", remove_some)
+        with pytest.raises(KilledError):
+            program.main(replace(config, restart=True))
+    assert (root / "parts").is_dir()
+    program.main(config)
+    assert files_of(config.out) == expected
 
 
 def test_unfinished_work_of_other_settings_is_not_mixed_in(catalogue):
@@ -725,8 +880,9 @@ def test_tables_media_and_shards_on_s3(catalogue, tmp_path):
         assert files_of(tmp_path / "fetched") == files_of(local)
         assert [name.split("/")[-1] for name in files.ls(f"{bucket}/made")] == ["shards"]
         assert open_shards(f"{bucket}/made/shards", "contents", "train").shard_sizes == [3, 1]
+        program.main(config)  # nothing to do
         with pytest.raises(UserError, match="already exists"):
-            program.main(config)
+            program.main(replace(config, num_frames=2))
 
         # Broken off after the first shard: it goes on, and ends with the same bytes.
         again = replace(config, out=Path(f"{bucket}/again"))
@@ -745,12 +901,83 @@ def test_tables_media_and_shards_on_s3(catalogue, tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 program.main(again)
         assert not files.exists(f"{bucket}/again/manifest.json")
+        # A tar that is not on record is not trusted.
+        files.pipe_file(f"{bucket}/again/contents/val-000000.tar", b"not of this work")
         program.main(again)
         files.invalidate_cache()
         files.get(f"{bucket}/again/", str(tmp_path / "again"), recursive=True)
         assert files_of(tmp_path / "again") == files_of(local)
-        program.main(replace(again, overwrite=True, num_frames=2))
-        assert read_manifest(f"{bucket}/again").config["num_frames"] == 2
+        assert [name.split("/")[-1] for name in files.ls(bucket)] == ["again", "made", "tables"]
+
+
+def test_an_output_at_a_url_is_replaced_whole_whenever_it_is_killed(
+    catalogue, tmp_path, monkeypatch
+):
+    local = make(catalogue, samples_per_shard=3)
+    with s3_server(tmp_path / "s3.log") as bucket:
+        import fsspec
+
+        files = fsspec.filesystem("s3")
+        out = f"{bucket}/shards"
+        config = replace(config_for(catalogue, samples_per_shard=3), out=Path(out))
+        old = replace(config, samples_per_shard=1, num_frames=2, overwrite=True)
+        remove = program._remove
+
+        def before(path):
+            """Killed when the manifest has gone, and no tar."""
+            if str(path) == out:
+                raise KilledError
+            remove(path)
+
+        def during(path):
+            """Killed when half of all objects have gone."""
+            if str(path) == out:
+                for name in files.find(out)[::2]:
+                    files.rm_file(name)
+                raise KilledError
+            remove(path)
+
+        for step in (before, during):
+            for resumed in (
+                replace(config, overwrite=True),
+                config,
+                replace(config, overwrite=True, restart=True, timeout_s=99.0),
+            ):
+                program.main(old)
+                files.invalidate_cache()
+                assert len(files.find(out)) > 2 * len(files_of(local))
+                with monkeypatch.context() as patch:
+                    patch.setattr(program, "_remove", step)
+                    with pytest.raises(KilledError):
+                        program.main(replace(config, overwrite=True))
+                assert not files.exists(f"{out}/manifest.json")
+                program.main(resumed)
+                files.invalidate_cache()
+                fetched = tmp_path / f"{step.__name__}-{resumed.overwrite}-{resumed.restart}"
+                files.get(f"{out}/", str(fetched), recursive=True)
+                assert files_of(fetched) == files_of(local)
+                assert not files.exists(f"{out}.unfinished")
+                program._remove(program.place(out))
+
+
+def test_an_output_at_a_url_is_asked_for_again_before_it_is_removed(
+    catalogue, tmp_path, monkeypatch
+):
+    with s3_server(tmp_path / "s3.log") as bucket:
+        import fsspec
+
+        files = fsspec.filesystem("s3")
+        config = replace(config_for(catalogue), out=Path(f"{bucket}/shards"))
+        decode = program._decode
+
+        def while_somebody_writes(*arguments):
+            files.pipe_file(f"{bucket}/shards/thesis.txt", b"mine")
+            decode(*arguments)
+
+        monkeypatch.setattr(program, "_decode", while_somebody_writes)
+        with pytest.raises(UserError, match="already exists"):
+            program.main(config)
+        assert files.cat_file(f"{bucket}/shards/thesis.txt") == b"mine"
 
 
 def test_tables_media_and_shards_on_google_cloud_storage(catalogue, tmp_path):
@@ -772,9 +999,12 @@ def test_tables_media_and_shards_on_google_cloud_storage(catalogue, tmp_path):
         assert files_of(tmp_path / "fetched") == files_of(local)
         assert open_shards(f"{bucket}/made/shards", "contents", "train").shard_sizes == [3, 1]
         with pytest.raises(UserError, match="already exists"):
-            program.main(config)
-        program.main(replace(config, overwrite=True, num_frames=2))
-        assert read_manifest(f"{bucket}/made/shards").config["num_frames"] == 2
+            program.main(replace(config, num_frames=2))
+        program.main(replace(config, overwrite=True, num_frames=2, samples_per_shard=4))
+        expected = make(catalogue, num_frames=2, samples_per_shard=4, overwrite=True)
+        files.invalidate_cache()
+        files.get(f"{bucket}/made/shards/", str(tmp_path / "again"), recursive=True)
+        assert files_of(tmp_path / "again") == files_of(expected)
 
 
 def test_tables_and_media_over_http(catalogue, tmp_path):
