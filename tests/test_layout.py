@@ -66,3 +66,15 @@ def test_rank_and_world_size_are_asked_for_in_one_place() -> None:
             text = path.read_text(encoding="utf-8")
             assert "get_rank(" not in text
             assert "get_world_size(" not in text
+
+
+def test_the_command_runs_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mmrec.cli", "inspect", "missing"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "missing: no such folder" in done.stderr
