@@ -29,6 +29,7 @@ from mmrec.data.preparation import _decoder
 from mmrec.data.shards import open_shards
 from mmrec.data.splits import SplitConfig, assign_splits
 from mmrec.data.tables import write_tables
+from mmrec.data.verification import verify_shards
 from mmrec.errors import UserError
 from mmrec.manifest import read_manifest
 
@@ -513,6 +514,7 @@ def test_training_copies_of_what_a_split_column_tests_are_dropped(catalogue):
     folder = make(catalogue, max_dropped=0.0)
     assert dropped(folder) == {("content", "c0", "near duplicate of a later split")}
     assert "c0" not in split_of(folder)
+    assert [check.line() for check in verify_shards(folder) if check.holds is False] == []
     kept = make(catalogue, near_duplicates="allow", overwrite=True)
     assert split_of(kept)["c0"] == "train"
     assert read_manifest(kept).details["claims"]["near_duplicates"]["straddling"] == 1
@@ -591,6 +593,7 @@ def test_links_lost_are_counted_with_what_they_were_lost_with(catalogue):
     assert {row["id"]: row["num_links"] for row in rows} == {"p1": 1, "c1": 1}
     counts = read_manifest(folder).counts
     assert counts["in"]["links"] == counts["out"]["links"] + 2
+    assert [check.line() for check in verify_shards(folder) if check.holds is False] == []
 
 
 def test_text_columns_become_the_contents_text(catalogue):
