@@ -65,8 +65,8 @@ class StudyConfig:
 # Every row brings its product, nothing is capped, corrected or mined, and each modality is dropped as in the
 # recipe. The small early pictures of the recipe are left out, since they would make epochs unequal.
 BASES: dict[Data, str] = {
-    "demo": "demo --epochs 7",
-    "videos": "grocery-videos --epochs 36 --sampler.no-unique-products --augment.early-size None "
+    "demo": "demo",
+    "videos": "grocery-videos --epochs 50 --sampler.no-unique-products --augment.early-size None "
     "--encoder.image-size 64 --encoder.num-frames 4",
 }
 SHARED = "--eval-every 1000000 --checkpoint-every 1000000 --num-workers 0 --cpu-threads 1"
