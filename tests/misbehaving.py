@@ -3,12 +3,14 @@
 import ctypes
 import os
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mmrec.data.isolation import time_left_s
 from mmrec.errors import MediaError
 
 
@@ -20,6 +22,12 @@ def misbehave(what: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "exit":
         os._exit(3)
+    if what == "leave a file":
+        with open(tempfile.mkstemp(prefix="mmrec-")[1], "wb") as file:
+            file.write(bytes(1 << 20))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "time left":
+        return f"{time_left_s():.3f} in {tempfile.gettempdir()}"
     if what == "hang":
         time.sleep(60)
     if what == "eat at once":

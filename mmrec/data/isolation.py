@@ -1,20 +1,27 @@
 """A function in a child process that may crash, hang or eat memory without harm to this one.
 
 Decoders are large C libraries fed with files from anywhere. What one bad file does to its child is an
-`MediaError` here: the child is replaced and the next item goes on.
+`MediaError` here: the child is replaced and the next item goes on. What the child leaves in its temporary
+folder goes with it.
 """
 
 import ctypes
+import fcntl
+import math
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import psutil
@@ -31,6 +38,15 @@ _SLACK_BYTES = (
     GIGABYTE  # address space that is reserved and never touched: stacks, arenas, libraries
 )
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+_FOLDER_PREFIX = "mmrec-decoder-"
+_YOUNG_S = 60.0  # a folder as young may be about to be locked by whoever made it
+
+_deadline = math.inf  # of the item that this child works on, by the monotonic clock
+
+
+def time_left_s() -> float:
+    """Seconds until this process is ended for taking too long; infinite where nobody watches."""
+    return _deadline - time.monotonic()
 
 
 class Isolated(Generic[Item, Result]):
@@ -53,6 +69,7 @@ class Isolated(Generic[Item, Result]):
         self._pipe: Connection | None = None
         self._watched: psutil.Process | None = None
         self._base_bytes = 0
+        self._folder: Path | None = None
 
     def __call__(self, item: Item) -> Result:
         """The function's result for one item.
@@ -89,6 +106,8 @@ class Isolated(Generic[Item, Result]):
             self._child.join()
             self._child.close()
         self._child = self._pipe = self._watched = None
+        if self._folder is not None:
+            _empty(self._folder)
 
     def __enter__(self) -> "Isolated[Item, Result]":
         return self
@@ -98,9 +117,11 @@ class Isolated(Generic[Item, Result]):
 
     def _start(self) -> Connection:
         here, there = self._context.Pipe()
+        self._folder = self._folder or self._make_folder()
+        limits = (self._timeout_s, self._memory_bytes)
         child = self._context.Process(
             target=_serve,
-            args=(there, self._function, self._memory_bytes, os.getpid()),
+            args=(there, self._function, *limits, str(self._folder), os.getpid()),
             daemon=True,  # Ended when this process exits, which otherwise waits for it for ever.
         )
         with main_left_out():
@@ -119,6 +140,15 @@ class Isolated(Generic[Item, Result]):
             raise result
         self._base_bytes = self._resident()
         return here
+
+    def _make_folder(self) -> Path:
+        """A temporary folder for the children, which goes when this object or its process does."""
+        _remove_abandoned()
+        folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        weakref.finalize(self, _remove, folder, lock)
+        return folder
 
     def _answer(
         self, pipe: Connection, timeout_s: float, *, limited: bool = True
@@ -154,11 +184,45 @@ class Isolated(Generic[Item, Result]):
         return MediaError("decoder crashed", f"signal {-code} ({name})")
 
 
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of processes that were killed: nobody holds their locks any more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        with suppress(OSError):  # another's, or just removed by another
+            if time.time() - folder.stat().st_mtime < _YOUNG_S:
+                continue
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
 def _serve(
-    pipe: Connection, function: Callable[[Any], Any], memory_bytes: int, parent: int
+    pipe: Connection,
+    function: Callable[[Any], Any],
+    timeout_s: float,
+    memory_bytes: int,
+    folder: str,
+    parent: int,
 ) -> None:
     """The child: answers items until the pipe closes."""
+    global _deadline
     die_with(parent)
+    tempfile.tempdir = folder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit_memory(memory_bytes)
@@ -168,6 +232,7 @@ def _serve(
             item = pipe.recv()
         except EOFError:
             return
+        _deadline = time.monotonic() + timeout_s
         try:
             answer = ("ok", function(item))
         except Exception as error:

@@ -7,13 +7,11 @@ are RGB.
 """
 
 import bisect
-import errno
 import io
 import math
 import os
 import re
 import sys
-import tempfile
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -32,21 +30,18 @@ from PIL import Image, ImageOps
 
 from mmrec.data.captions import join_cues, parse_captions
 from mmrec.data.containers import (
-    BLOCK_BYTES,
     Header,
     read_header,
     read_key_times,
     repaired,
     webp_durations,
 )
-from mmrec.data.storage import EXTRAS, Slice, find_slice, read_slice
+from mmrec.data.sources import Source, copied, local_file, remote_exists, summary
+from mmrec.data.storage import find_slice
 from mmrec.errors import MediaError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Source = str | Path | bytes
-"""A path, a URL that fsspec opens, or the bytes of a file."""
 
 FramePolicy = Literal["uniform", "keyframes", "scenes"]
 
@@ -55,9 +50,6 @@ MAX_VIDEO_PIXELS = 8192 * 8192
 
 MAX_VIDEO_FRAMES = 10_000_000
 """Two days at 60 frames a second; decord reserves memory for as many as a header claims."""
-
-MAX_FETCH_BYTES = 8 << 30
-"""A larger file is not fetched from a URL."""
 
 MAX_CAPTION_BYTES = 16 << 20
 
@@ -133,7 +125,7 @@ def read_video(source: Source, config: FrameConfig, *, size: int | None = None) 
     Raises `MediaError` where there is no frame to give, and `UserError` where a URL cannot be opened
     for want of a package.
     """
-    with _local(source) as file:
+    with local_file(source) as file:
         header = _checked_header(file)
         webp = webp_durations(file) if header.kind == "webp" else []
         if header.kind == "image" or (header.kind == "webp" and len(webp) < 2):
@@ -363,7 +355,7 @@ class _VideoReel(_Reel):
     def _words(self, error: BaseException) -> str:
         """What an error says, but for the name of the file, which may be a passing copy."""
         name = os.path.abspath(self._file)
-        return _summary(error, f"[{name}] ", f"[{name}]", name)
+        return summary(error, f"[{name}] ", f"[{name}]", name)
 
     def _set_times(self) -> None:
         total = len(self._reader)
@@ -728,7 +720,7 @@ def read_image(source: Source) -> UInt8[np.ndarray, "H W 3"]:
     opened for want of a package.
     """
     with (
-        _local(source) as file,
+        local_file(source) as file,
         _image_faults(),
         Image.open(_stream(file), formats=_formats()) as image,
     ):
@@ -744,13 +736,13 @@ def _image_faults() -> Iterator[None]:
         try:
             yield
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise MediaError("image too large", _summary(error)) from None
+            raise MediaError("image too large", summary(error)) from None
         except Image.UnidentifiedImageError:
             raise MediaError("cannot open image", "unknown format") from None
         except MemoryError:
             raise MediaError("not enough memory") from None
         except Exception as error:  # a damaged file raises whatever its decoder met
-            raise MediaError("cannot decode image", _summary(error)) from None
+            raise MediaError("cannot decode image", summary(error)) from None
 
 
 @contextmanager
@@ -827,7 +819,7 @@ def decode_jpeg(data: bytes) -> "UInt8[Tensor, '3 H W']":
     try:
         return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
     except ValueError as error:
-        raise MediaError("cannot decode image", _summary(error)) from None
+        raise MediaError("cannot decode image", summary(error)) from None
 
 
 # Captions
@@ -849,9 +841,9 @@ def read_subtitles(source: Source) -> str | None:
     """
     beside = _captions_beside(source)
     if beside is not None:
-        with _local(beside) as file:
+        with local_file(beside) as file:
             return parse_captions(_caption_bytes(file))
-    with _local(source) as file:
+    with local_file(source) as file:
         return _captions_inside(file) if read_header(file).has_text else None
 
 
@@ -887,10 +879,8 @@ def _captions_beside_url(url: str) -> str | None:
         return None
     for suffix in _CAPTION_SUFFIXES:
         other = "::".join([stem + suffix, *outer])
-        with _remote_faults(other):
-            files, path = _filesystem(other)
-            if files.exists(path):
-                return other
+        if remote_exists(other):
+            return other
     return None
 
 
@@ -931,7 +921,7 @@ def _captions_inside(file: Path | bytes) -> str | None:
             packets = (bytes(packet) for packet in container.demux(stream))
             return join_cues(_stream_cues(packets, stream.codec_context.name))
     except (FFmpegError, UnicodeDecodeError) as error:
-        raise MediaError("damaged captions", _summary(error)) from None
+        raise MediaError("damaged captions", summary(error)) from None
 
 
 def _stream_cues(packets: Iterator[bytes], codec: str) -> Iterator[list[str]]:
@@ -956,130 +946,14 @@ def _packet_lines(packet: bytes, codec: str) -> list[str]:
     return text.splitlines()
 
 
-# Where files come from
-
-
-@contextmanager
-def _local(source: Source) -> Iterator[Path | bytes]:
-    """A source as something local that is there and holds something; fetched where it is a URL."""
-    if isinstance(source, str) and (part := find_slice(source)) is not None:
-        yield _checked(_slice_bytes(part), str(part))
-    elif isinstance(source, str) and "://" in source:
-        with _fetched(source) as path:
-            yield _checked(path, source)
-    else:
-        yield _checked(source, source)
-
-
-def _checked(source: Source, name: Source) -> Path | bytes:
-    if isinstance(source, bytes):
-        if not source:
-            raise MediaError("empty file")
-        return source
-    path, name = Path(source), str(name)
-    if not path.exists():
-        raise MediaError("file not found", name)
-    if not path.is_file():
-        raise MediaError("not a file", name)
-    if not os.access(path, os.R_OK):
-        raise MediaError("no permission to read", name)
-    if not path.stat().st_size:
-        raise MediaError("empty file", name)
-    return path
-
-
-def _slice_bytes(part: Slice) -> bytes:
-    """A member of a tar: a seek in a local file, a range request to a remote one."""
-    if part.size > MAX_FETCH_BYTES:
-        raise MediaError("file too large", str(part))
-    with _remote_faults(part.path):
-        return read_slice(part)
-
-
-@contextmanager
-def _fetched(url: str) -> Iterator[Path]:
-    """A URL's file on disk, for as long as it is needed."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    with _remote_faults(url):
-        files, path = _filesystem(url)
-    if isinstance(files, LocalFileSystem):
-        yield Path(path)
-        return
-    with tempfile.NamedTemporaryFile(prefix="mmrec-") as copy:
-        with _remote_faults(url), files.open(path, "rb") as remote:
-            _copy(_limited(iter(lambda: remote.read(BLOCK_BYTES), b""), url), copy)
-        yield Path(copy.name)
-
-
-def _limited(blocks: Iterator[bytes], url: str) -> Iterator[bytes]:
-    num_bytes = 0
-    for block in blocks:
-        num_bytes += len(block)
-        if num_bytes > MAX_FETCH_BYTES:
-            raise MediaError("file too large", url)
-        yield block
-
-
 @contextmanager
 def _on_disk(file: Path | bytes, header: Header) -> Iterator[Path]:
     """A file on disk and repaired. decord reads bytes too, but damaged ones lead it past their end."""
     if isinstance(file, Path) and not header.edits:
         yield file
         return
-    with tempfile.NamedTemporaryFile(prefix="mmrec-") as copy:
-        _copy(repaired(file, header.edits), copy)
-        yield Path(copy.name)
-
-
-def _copy(blocks: Iterator[bytes], copy: Any) -> None:
-    try:
-        for block in blocks:
-            copy.write(block)
-        copy.flush()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(
-            f"no room for a copy of a media file in {tempfile.gettempdir()}: make some, or set TMPDIR "
-            f"to a folder on another disk"
-        ) from None
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    return url_to_fs(url)
-
-
-@contextmanager
-def _remote_faults(url: str) -> Iterator[None]:
-    """Tell a file that cannot be fetched from a machine that cannot fetch."""
-    try:
-        yield
-    except (MediaError, UserError):
-        raise
-    except FileNotFoundError:
-        raise MediaError("file not found", url) from None
-    except ImportError as error:
-        extras = [EXTRAS[name] for name in re.findall(r"(\w+)://", url) if name in EXTRAS]
-        mend = f"`pip install 'mmrec[{extras[-1]}]'`" if extras else _summary(error)
-        raise UserError(f"{url}: a package for this protocol is missing: {mend}") from None
-    except Exception as error:  # each protocol has its own family of exceptions
-        raise MediaError("cannot fetch", f"{url}: {_summary(error)}") from None
-
-
-def _summary(error: BaseException, *without: str) -> str:
-    """The first line of an error, short and printable: decord quotes the bytes it was given.
-
-    decord's time of day and place in its code are taken off, and the names of passing files, so that
-    the same fault gives the same words.
-    """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = re.sub(r"\[\d\d:\d\d:\d\d\] |\S+\.(cc|h):\d+: ", "", lines[0])
-    for name in without:
-        line = line.replace(name, "")
-    return "".join(c if c.isprintable() else "?" for c in line)[:200]
+    with copied(repaired(file, header.edits)) as path:
+        yield path
 
 
 class _StderrGate:

@@ -51,6 +51,7 @@ _TIME_KEYS = ("LastModified", "Last-Modified", "updated", "mtime", "created")
 
 _DEFAULT_CACHE_GB = 50.0
 _ATTEMPTS = 3
+_NOT_THERE = (404, 410)
 _SILENCE_S = 60.0  # how long an HTTP server may say nothing
 _STALE_S = 24 * 3600  # a fetch that was killed leaves its temporary file behind
 _PART = ".part-"
@@ -99,12 +100,16 @@ def _check_protocol(url: str, protocol: str) -> None:
 
 def _http_options(url: str) -> dict[str, Any]:
     """Without these aiohttp gives up after five minutes; a tar may take longer, but not be silent."""
-    if not url.startswith(_HTTP):
-        return {}
-    from aiohttp import ClientTimeout
+    return {"client_kwargs": http_timeout(_SILENCE_S)} if url.startswith(_HTTP) else {}
 
-    timeout = ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
-    return {"client_kwargs": {"timeout": timeout}}
+
+def http_timeout(silence_s: float) -> dict[str, Any]:
+    """Settings of an HTTP client that waits as long as bytes come, and not longer when none do."""
+    try:
+        from aiohttp import ClientTimeout
+    except ImportError:  # fsspec says so in a moment, and what to install
+        return {}
+    return {"timeout": ClientTimeout(total=None, sock_connect=silence_s, sock_read=silence_s)}
 
 
 def is_remote(path: Place) -> bool:
@@ -403,14 +408,34 @@ def _asked(path: Place, ask: Callable[[], Answer]) -> Answer:
     """The answer of a remote store; its faults, a file that is not there excepted, are `UserError`."""
     try:
         return ask()
-    except FileNotFoundError as error:
-        # Over HTTP fsspec says this of every fault, and keeps the true one as the cause.
-        true = error.__cause__ if str(path).startswith(_HTTP) else None
-        if true is None or getattr(true, "status", None) in (404, 410):
-            raise
-        raise _cannot(path, true) from None
     except Exception as error:  # each protocol has its own family of exceptions
-        raise _cannot(path, error) from None
+        fault = true_fault(error)
+        if isinstance(fault, FileNotFoundError):
+            raise fault from None
+        raise _cannot(path, fault) from None
+
+
+def true_fault(error: BaseException) -> BaseException:
+    """What went wrong, where fsspec says something else.
+
+    Over HTTP it says of many a fault that the file is not there, and keeps the true one as the cause;
+    and of a file that is gone for good (410) it says less than that.
+    """
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
+        return true_fault(cause) if cause is not None else error
+    if isinstance(error, FileNotFoundError) and isinstance(cause, TimeoutError | ConnectionError):
+        return cause
+    return FileNotFoundError(str(error)) if http_status(error) in _NOT_THERE else error
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of any protocol tells, if it does."""
+    for name in ("status", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int | str) and str(value).isdigit() and 300 <= int(value) < 600:
+            return int(value)
+    return None
 
 
 def _cannot(path: Place, error: BaseException) -> UserError:

@@ -2,12 +2,18 @@
 
 import io
 import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from clips import write_clip
 from PIL import Image, ImageEnhance
 
 from mmrec.data.duplicates import HASH_BYTES, MOST_BITS, group_duplicates, hash_jpeg
+from mmrec.data.media import FrameConfig, encode_jpeg, read_video
 
 
 def picture(seed: int, size: tuple[int, int] = (200, 150)) -> Image.Image:
@@ -35,8 +41,9 @@ def test_a_picture_stays_itself_when_it_is_encoded_resized_or_lit_anew(seed: int
     for copy in (
         hashed(original, 40),
         hashed(original.resize((120, 90))),
-        hashed(original.resize((800, 600))),
+        hashed(original.resize((400, 300))),
         hashed(ImageEnhance.Brightness(original).enhance(1.05)),
+        hashed(ImageEnhance.Brightness(original).enhance(0.7)),
     ):
         assert len(set(group_duplicates([[hashed(original)], [copy]]))) == 1
 
@@ -89,14 +96,14 @@ def brute_force(hashes: list[list[bytes]]) -> list[int]:
 
 
 def distance(one: bytes, other: bytes) -> int:
-    return (int.from_bytes(one[:16]) ^ int.from_bytes(other[:16])).bit_count()
+    return (int.from_bytes(one[:32]) ^ int.from_bytes(other[:32])).bit_count()
 
 
 def flipped(frame: bytes, bits: int, rng: np.random.Generator) -> bytes:
-    number = int.from_bytes(frame[:16])
-    for bit in rng.choice(128, bits, replace=False):
+    number = int.from_bytes(frame[:32])
+    for bit in rng.choice(256, bits, replace=False):
         number ^= 1 << int(bit)
-    return number.to_bytes(16) + frame[16:]
+    return number.to_bytes(32) + frame[32:]
 
 
 @pytest.mark.parametrize("bits", [0, 3, 6])
@@ -120,3 +127,48 @@ def test_a_picture_that_everybody_shows_takes_no_longer() -> None:
     assert time.perf_counter() - started < 10
     uploads = [[card] for _ in range(3_000)]
     assert set(group_duplicates(uploads).tolist()) == {0}
+
+
+def test_a_long_run_of_frames_that_begin_alike_is_still_searched() -> None:
+    rng = np.random.default_rng(0)
+    low = rng.bytes(12)  # the frequencies by which candidates are found
+    pool = [low + rng.bytes(HASH_BYTES - 12) for _ in range(500)]
+    twins = [flipped(pool[i], 0, rng) for i in (7, 250, 499)]
+    groups = group_duplicates([[frame] for frame in (*pool, *twins)]).tolist()
+    assert groups == [*range(500), 7, 250, 499]
+
+
+def changed(
+    clip: Path, out: Path, *, scale: float, crf: int, start: int = 0, light: int = 0, crop: int = 0
+) -> Path:
+    """A copy of the first seconds of a clip: smaller, worse, cut off, lit otherwise or cropped."""
+    with av.open(str(clip)) as source:
+        frames = []
+        for frame in islice(source.decode(video=0), start, start + 120):
+            width, height = (int(side * scale) // 2 * 2 for side in (frame.width, frame.height))
+            pixels = frame.reformat(width, height, "rgb24").to_ndarray()
+            pixels = pixels[crop : height - crop, crop : width - crop]
+            frames.append((pixels.astype(np.int16) + light).clip(0, 255).astype(np.uint8))
+    return write_clip(out, frames, 30, options={"crf": str(crf), "preset": "ultrafast"})
+
+
+def hashes_of(clip: Path) -> list[bytes]:
+    frames = read_video(clip, FrameConfig(), size=256).frames
+    found = [hash_jpeg(encode_jpeg(frame, 90)) for frame in frames]
+    return [frame for frame in found if frame is not None]
+
+
+def test_copies_of_real_clips_are_found_and_other_clips_are_not(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    clips = sorted(shared_data("panda70m_samples").rglob("*.mp4"))[3:130:25]
+    contents = []
+    for number, clip in enumerate(clips):
+        out = tmp_path / f"{number}.mp4"
+        contents.append(hashes_of(changed(clip, out, scale=0.5, crf=23)))
+        contents.append(hashes_of(changed(clip, out, scale=0.25, crf=40)))
+        contents.append(hashes_of(changed(clip, out, scale=0.5, crf=32, start=3, light=15)))
+        contents.append(hashes_of(changed(clip, out, scale=0.5, crf=28, crop=6)))
+    expected = [number // 4 * 4 for number in range(len(contents))]
+    assert len(clips) == 6
+    assert group_duplicates(contents).tolist() == expected

@@ -34,7 +34,7 @@ from clips import (
 )
 from PIL import Image
 
-from mmrec.data import media
+from mmrec.data import media, sources
 from mmrec.data.containers import read_header
 from mmrec.data.media import (
     Clip,
@@ -755,7 +755,7 @@ def put(url: str, data: bytes) -> str:
 def test_files_by_url_leave_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(media, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     path = write_clip(tmp_path / "clip.mp4", numbered(8))
     url = put("memory://media/clip.mp4", path.read_bytes())
     assert numbers(read(url, 2)) == numbers(read(path.as_uri(), 2)) == [2, 6]
@@ -776,18 +776,26 @@ def test_urls_that_cannot_be_read(tmp_path, monkeypatch):
         read("nosuchprotocol://clip.mp4")
     with pytest.raises(MediaError, match=r"empty file: memory://media/empty\.mp4"):
         read(put("memory://media/empty.mp4", b""))
-    monkeypatch.setattr(media, "MAX_FETCH_BYTES", 5000)
+    monkeypatch.setattr(sources, "MAX_FETCH_BYTES", 5000)
     with pytest.raises(MediaError, match="file too large"):
         read(put("memory://media/large.mp4", bytes(5001)))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
-def test_a_full_disk_is_not_a_fault_of_the_file(monkeypatch):
+def test_a_full_disk_costs_a_sample_and_says_so(monkeypatch):
     url = put("memory://media/clip.mp4", b"\0" * 100)
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: io.FileIO("/dev/full", "w"))
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: Full("/dev/full", "w"))
     for source in (url, b"\0" * 100):
-        with pytest.raises(UserError, match="set TMPDIR"):
+        with pytest.raises(MediaError, match="no room for a copy: .* set TMPDIR"):
             read(source)
+
+
+class Full(io.FileIO):
+    """A file on a full disk, which lets go of what was in it."""
+
+    def truncate(self, size: int | None = None) -> int:
+        """Do nothing: the device that plays the disk does not know how."""
+        return 0
 
 
 def test_a_missing_package_is_named(monkeypatch):
