@@ -31,6 +31,12 @@ class HttpServer:
     """Method and path of every request so far."""
     cut: int = 0
     """How many of the next GETs lose their connection half-way."""
+    busy: int = 0
+    """How many of the next requests are answered with status 503."""
+    statuses: dict[str, int] = field(default_factory=dict)
+    """Paths that are answered with a status and nothing else; 302 leads to the same path again."""
+    ranges: bool = True
+    """Whether byte ranges are honoured, or passed over as `python -m http.server` does."""
 
     def count(self, method: str, suffix: str) -> int:
         """How many requests of a method asked for paths with that ending."""
@@ -39,7 +45,7 @@ class HttpServer:
 
 @contextmanager
 def http_server(folder: Path) -> Iterator[HttpServer]:
-    """Serve the files of a folder; byte ranges are honoured, and folders are not listed."""
+    """Serve the files of a folder; folders are not listed."""
     served = HttpServer("")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, folder, served))
     served.url = f"http://127.0.0.1:{server.server_port}"
@@ -69,8 +75,12 @@ class _Files(BaseHTTPRequestHandler):
         name = unquote(urlsplit(self.path).path).lstrip("/")
         self._served.requests.append((self.command, name))
         path = self._folder / name
-        if not path.is_file():
-            self.send_error(HTTPStatus.NOT_FOUND)
+        status = self._fault(name, path)
+        if status:
+            self.send_response(status)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         data = path.read_bytes()
         stretch = self._range(len(data))
@@ -80,7 +90,8 @@ class _Files(BaseHTTPRequestHandler):
                 "Content-Range", f"bytes {stretch.start}-{stretch.stop - 1}/{len(data)}"
             )
             data = data[stretch.start : stretch.stop]
-        self.send_header("Accept-Ranges", "bytes")
+        if self._served.ranges:
+            self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
@@ -92,9 +103,15 @@ class _Files(BaseHTTPRequestHandler):
         elif with_body:
             self.wfile.write(data)
 
+    def _fault(self, name: str, path: Path) -> int:
+        if self._served.busy:
+            self._served.busy -= 1
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        return self._served.statuses.get(name, 0 if path.is_file() else HTTPStatus.NOT_FOUND)
+
     def _range(self, size: int) -> range | None:
         unit, _, stretch = self.headers.get("Range", "").partition("=")
-        if unit != "bytes":
+        if unit != "bytes" or not self._served.ranges:
             return None
         first, _, last = stretch.partition("-")
         if not first:

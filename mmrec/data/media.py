@@ -319,6 +319,7 @@ class _VideoReel(_Reel):
         # Keyframes by the numbers that decord gives them, and by those under which they are shown.
         self._keys = sorted({int(key) for key in self._reader.get_key_indices()} | {0})
         self._shown_keys = self._keys
+        self._listed_keys: list[int] = []  # what the file says of them, where decord says otherwise
         self._position = int(self._numbers[0])  # the number of the frame that comes next
         self._landed = 0  # the last keyframe that a seek has found
 
@@ -328,7 +329,8 @@ class _VideoReel(_Reel):
         if not self._in_order:
             self._look_up_keys()
         first, last = int(self._numbers[0]), int(self._numbers[-1])
-        return sorted({max(key - first, 0) for key in self._shown_keys if key <= last})
+        keys = self._listed_keys or self._shown_keys
+        return sorted({max(key - first, 0) for key in keys if key <= last})
 
     def _open(self) -> Any:
         decord = _import_decord()
@@ -510,14 +512,18 @@ class _VideoReel(_Reel):
         times = None if self._numbers[0] > 0 else read_key_times(self._file)
         if self._shown_keys is not self._keys or times is None:
             return False
-        shown = {0}
+        shown, listed = {0}, {0}
         for number in np.searchsorted(self.starts, times + self.starts[0] - 2 * _TIME_SLACK_S):
             at = bisect.bisect_right(self._keys, int(number)) - 1
             lead = int(number) - self._keys[at]
             after = self._keys[at + 1] if at + 1 < len(self._keys) else math.inf
-            # Where keyframes are few frames apart, a seek might find the next one.
+            listed.add(int(number))
+            # Where keyframes are few frames apart, a seek might find the next one: such are read in order.
             if lead <= _MAX_LEAD and self._keys[at] + lead + _MAX_LEAD < after:
                 shown.add(int(number))
+        if listed <= set(self._keys):
+            return False
+        self._listed_keys = sorted(listed)
         if shown <= set(self._keys):
             return False
         self._shown_keys = sorted(shown)

@@ -187,6 +187,7 @@ def _index_row(tar: Path, sample: "TarSample", descriptor: int) -> dict[str, Any
 _KEY_AND_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _TAR_META = re.compile(r"__[^/]*__(/|$)")
 _BLOCK = 512  # the unit of a tar
+_TAIL_BYTES = 1 << 20
 
 
 @dataclass
@@ -260,6 +261,14 @@ def _scan_members(tar: Path) -> Iterator[tarfile.TarInfo]:
                 f"{tar}: not a shard that mmrec reads: it is cut off or damaged at byte {end}, where a "
                 f"member or the mark of its end should be"
             )
+        # What follows is zeros, which fill up the last record of a tape.
+        while rest := file.read(_TAIL_BYTES):
+            if rest.count(0) < len(rest):
+                start = file.tell() - len(rest.lstrip(b"\0"))
+                raise UserError(
+                    f"{tar}: holds something at byte {start}, after the mark of its end, where nobody "
+                    f"would find it; tars are joined with `tar --concatenate`, not with `cat`"
+                )
 
 
 def _check_member(tar: Path, member: tarfile.TarInfo) -> None:

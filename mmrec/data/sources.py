@@ -77,11 +77,9 @@ def remote_exists(url: str) -> bool:
 @contextmanager
 def copied(blocks: Iterable[bytes]) -> Iterator[Path]:
     """Blocks of bytes as a file, for as long as the block. Raises `MediaError` where the disk is full."""
-    with tempfile.NamedTemporaryFile(prefix="mmrec-") as copy:
-        with _room():
-            for block in blocks:
-                copy.write(block)
-            copy.flush()
+    with _temporary_file() as copy:
+        for block in blocks:
+            _write(copy, block)
         yield Path(copy.name)
 
 
@@ -134,7 +132,7 @@ def _fetched(url: str) -> Iterator[Path]:
     if isinstance(files, LocalFileSystem):
         yield Path(path)
         return
-    with tempfile.NamedTemporaryFile(prefix="mmrec-") as copy:
+    with _temporary_file() as copy:
         _ask(url, lambda: _fetch(files, path, _Limited(copy, url)))
         yield Path(copy.name)
 
@@ -148,7 +146,6 @@ def _fetch(files: Any, path: str, copy: "_Limited") -> None:
         with files.open(path, "rb") as remote:
             while block := remote.read(BLOCK_BYTES):
                 copy.write(block)
-    copy.flush()
 
 
 class _Limited(io.RawIOBase):
@@ -169,18 +166,20 @@ class _Limited(io.RawIOBase):
     def write(self, block: Any) -> int:
         if self._file.tell() + len(block) > MAX_FETCH_BYTES:
             raise MediaError("file too large", self._url)
-        with _room():
-            return self._file.write(block)
-
-    def flush(self) -> None:
-        with _room():
-            self._file.flush()
+        _write(self._file, block)
+        return len(block)
 
 
-@contextmanager
-def _room() -> Iterator[None]:
+def _temporary_file() -> Any:
+    # Without a buffer: one that a full disk has kept from being written would fail again at the close.
+    return tempfile.NamedTemporaryFile(prefix="mmrec-", buffering=0)
+
+
+def _write(file: Any, block: Any) -> None:
+    left = memoryview(block)
     try:
-        yield
+        while left:
+            left = left[file.write(left) :]
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

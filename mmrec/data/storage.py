@@ -14,6 +14,7 @@ Credentials and endpoints come from where each protocol's own package looks for 
 AWS_PROFILE, AWS_ENDPOINT_URL and the like), and from fsspec's configuration.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -229,6 +230,12 @@ def _write_local(path: Path, data: bytes | Path) -> None:
         else:
             shutil.copyfile(data, temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"{path}: the disk is full; make room, and run the same command again"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -329,7 +329,7 @@ def _incomplete(
     split: Split, meta: Mapping[str, Any], members: Collection[str], pictures: Sequence[str]
 ) -> Iterator[str]:
     """Where a sample's members are not those that its JSON member speaks of."""
-    if not pictures:
+    if not pictures and not (split == "catalog" and meta.get("num_images") == 0):
         yield "has no picture of its own"
     expected = {META_NAME, *pictures}
     if split == "catalog":

@@ -22,6 +22,7 @@ from mmrec.data import foreign
 from mmrec.data.foreign import ForeignMapping, expand_tars
 from mmrec.data.media import encode_jpeg
 from mmrec.data.shards import open_shards
+from mmrec.data.verification import verify_shards
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, read_manifest, write_manifest
 
@@ -166,6 +167,8 @@ def test_an_image_and_its_caption_are_a_pair_unless_told_otherwise(
         "contents/train-000001.tar",
         "products/catalog-000000.tar",
     ]
+    checks = verify_shards(out)
+    assert [check.line() for check in checks if check.holds is False] == []
 
 
 def test_fields_of_the_json_and_product_pictures(shop: Path, tmp_path: Path) -> None:
@@ -308,6 +311,20 @@ def test_tars_that_are_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"x\.tar: .*{message}"):
         index_tars([str(tar)], tmp_path / "set", split="train")
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["x.tar"]
+
+
+def test_tars_joined_end_to_end_are_refused(tars: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both.tar"
+    first = (tars / "00000.tar").read_bytes()
+    both.write_bytes(first + (tars / "00001.tar").read_bytes())
+    with pytest.raises(
+        UserError, match=f"both.tar: .* byte {len(first)}, after the mark of its end"
+    ):
+        index_tars([str(both)], tmp_path / "set", split="train")
+    # Writers fill up with zeros, some of them by a lot.
+    both.write_bytes(first + bytes(3 << 20))
+    manifest = index_tars([str(both)], tmp_path / "set", split="train")
+    assert manifest.counts["out"]["contents"] == 6
 
 
 def test_videos_are_sent_elsewhere(tmp_path: Path) -> None:

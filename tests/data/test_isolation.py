@@ -1,16 +1,19 @@
 """A child that crashes, hangs or eats memory is one MediaError, and the next item is served."""
 
+import gc
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 from misbehaving import misbehave
 
-from mmrec.data.isolation import Isolated
+from mmrec.data.isolation import Isolated, time_left_s
 from mmrec.errors import MediaError
 
 
@@ -80,3 +83,35 @@ def test_a_child_dies_with_its_parent() -> None:
     while psutil.pid_exists(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(child)
+
+
+def test_what_a_killed_child_leaves_goes_with_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    abandoned, young = tmp_path / "mmrec-decoder-old", tmp_path / "mmrec-decoder-new"
+    abandoned.mkdir()
+    (abandoned / "mmrec-download").write_bytes(b"left by a process that was killed")
+    os.utime(abandoned, (0, 0))
+    young.mkdir()
+    with Isolated(misbehave, timeout_s=5.0, memory_bytes=300 << 20) as function:
+        with pytest.raises(MediaError, match="SIGKILL"):
+            function("leave a file")
+        assert list(tmp_path.rglob("mmrec-*")) == [*function_folders(tmp_path), young]
+        seconds, _, folder = function("time left").split()
+        assert 4 < float(seconds) <= 5
+        assert Path(folder) in function_folders(tmp_path)
+        # Another run on this machine leaves what is in use alone.
+        os.utime(folder, (0, 0))
+        with Isolated(misbehave, timeout_s=5.0, memory_bytes=300 << 20) as other:
+            other("good")
+            assert Path(folder).is_dir()
+    del function, other
+    gc.collect()
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def function_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != "mmrec-decoder-new"]
+
+
+def test_nobody_watches_the_time_of_this_process() -> None:
+    assert time_left_s() == float("inf")

@@ -98,6 +98,21 @@ OPEN = {"g": "12", "x264-params": "open-gop=1:bframes=3:b-pyramid=2:scenecut=0"}
 PARTS = {"movflags": "frag_keyframe+empty_moov"}
 
 
+@pytest.mark.parametrize("name", ["open.mp4", "open.mkv"])
+@pytest.mark.parametrize("length", [4, 10, 12, 15])
+def test_every_keyframe_of_short_open_groups(tmp_path, name, length):
+    group = f"keyint={length}:min-keyint={length}:open-gop=1:bframes=3:scenecut=0"
+    options = {"x264-params": group}
+    clip = write_clip(tmp_path / name, numbered(240), 25, options=options)
+    with av.open(str(clip)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.is_keyframe]
+    assert len(packets) == 240 / length
+    keys = list(range(0, 240, length))
+    assert numbers(read(clip, 100, policy="keyframes")) == keys
+    few = numbers(read(clip, 4, policy="keyframes"))
+    assert few == [keys[(2 * i + 1) * len(keys) // 8] for i in range(4)]
+
+
 # Where groups of pictures are open, where there are no times or no duration, decord alone gives frames
 # of other places without a word.
 @pytest.mark.parametrize(
@@ -784,9 +799,9 @@ def test_urls_that_cannot_be_read(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
 def test_a_full_disk_costs_a_sample_and_says_so(monkeypatch):
     url = put("memory://media/clip.mp4", b"\0" * 100)
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: Full("/dev/full", "w"))
+    monkeypatch.setattr(sources, "_temporary_file", lambda: Full("/dev/full", "w"))
     for source in (url, b"\0" * 100):
-        with pytest.raises(MediaError, match="no room for a copy: .* set TMPDIR"):
+        with pytest.raises(MediaError, match=r"no room for a copy: .* set TMPDIR"):
             read(source)
 
 
@@ -1088,8 +1103,8 @@ def test_bad_images_are_media_errors_and_nothing_is_printed(tmp_path, capfd):
         "cannot open image": [b"<html></html>", jpeg[:3]],
         "cannot decode image": [jpeg[: len(jpeg) // 2], png[: len(png) // 2]],
     }
-    for reason, sources in bad.items():
-        for source in sources:
+    for reason, files in bad.items():
+        for source in files:
             with pytest.raises(MediaError) as caught:
                 read_image(source)
             assert caught.value.reason == reason

@@ -1,5 +1,6 @@
 """Places: local paths and URLs read alike, and a cache that several processes share."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -150,6 +151,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_bytes_whole(path, tmp_path / "nowhere")
     assert [p.read_bytes() for p in tmp_path.iterdir() if p.is_file()] == [b"old"]
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        write_bytes_whole(tmp_path / "file", b"new")
+    assert list(tmp_path.glob("*file*")) == []
 
 
 @pytest.mark.parametrize("kind", ["memory", "s3"])
