@@ -54,12 +54,14 @@ def write_clip(
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
     times_ms: Sequence[int] | None = None,
+    aspect: Fraction | None = None,
     options: Mapping[str, str] | None = None,
     container_options: Mapping[str, str] | None = None,
 ) -> Path:
     """Encode frames (even sides) as a clip; the suffix decides the container.
 
-    `times_ms` gives the frames' times where they are not evenly spaced.
+    `times_ms` gives the frames' times where they are not evenly spaced, `aspect` a pixel's width over its
+    height.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames[0].shape[:2]
@@ -67,6 +69,8 @@ def write_clip(
         stream = container.add_stream(codec, rate=fps, options={"threads": "1", **(options or {})})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         for t, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.time_base = Fraction(1, 1000)

@@ -54,6 +54,8 @@ class Header:
     width: int = 0
     height: int = 0
     num_frames: int = 0
+    pixel_aspect: float = 1.0
+    """Width of a pixel over its height, before the picture is turned; of MP4 and Matroska."""
     shown_s: float | None = None
     """Where an edit list ends: frames from there on are in the file and never shown."""
     mirrored: int | None = None
@@ -262,6 +264,7 @@ class _Track:
             header,
             shown_s=None if edits else self._shown_s(movie_scale),
             mirrored=self._mirrored(),
+            pixel_aspect=self._pixel_aspect(),
             frame_s=self._frame_length() / self._scale() if edits else None,
             edits=edits,
         )
@@ -279,6 +282,14 @@ class _Track:
         if a * d - b * c >= 0:
             return None
         return 0 if abs(a) > abs(b) else 1
+
+    def _pixel_aspect(self) -> float:
+        """What the box `pasp` after the fixed fields of the description of the pictures says."""
+        start, end = self._boxes.get(b"stsd", (0, 0))
+        for kind, inside, _ in _items(_boxes(self._file, start + 94, end)):
+            if kind == b"pasp":
+                return _ratio(*struct.unpack(">II", _read(self._file, inside, 8)))
+        return 1.0
 
     def _edit(self) -> tuple[int, int, int] | None:
         """Place, size and value of the length of the only edit that shows something."""
@@ -326,6 +337,11 @@ class _Track:
         return tuple(sorted(edits))
 
 
+def _ratio(above: int, below: int) -> float:
+    """A pixel's width over its height; 1 for what no camera or disc has ever had."""
+    return above / below if above and below and 1 / 8 < above / below < 8 else 1.0
+
+
 # Matroska and WebM
 
 _SEGMENT, _INFO, _TRACKS, _CLUSTER = (
@@ -336,6 +352,7 @@ _TRACK, _TRACK_TYPE, _CODEC, _FRAME_NS = (
     bytes.fromhex(name) for name in ("ae", "83", "86", "23e383")
 )
 _VIDEO, _PIXEL_WIDTH, _PIXEL_HEIGHT = (bytes.fromhex(name) for name in ("e0", "b0", "ba"))
+_SHOWN_WIDTH, _SHOWN_HEIGHT = bytes.fromhex("54b0"), bytes.fromhex("54ba")
 _CUES, _CUE = bytes.fromhex("1c53bb6b"), b"\xbb"
 _CUE_TIME, _CUE_PLACE, _CUE_TRACK, _TRACK_NUMBER = b"\xb3", b"\xb7", b"\xf7", b"\xd7"
 _ASSUMED_RATE = 60
@@ -405,10 +422,17 @@ def _matroska(file: Opened) -> Header:
         width=max((_number(video.get(_PIXEL_WIDTH)) for video in videos), default=0),
         height=max((_number(video.get(_PIXEL_HEIGHT)) for video in videos), default=0),
         num_frames=max((_claimed_frames(info, video) for video in videos), default=0),
+        pixel_aspect=_matroska_aspect(videos[0]) if len(videos) == 1 else 1.0,
         edits=_duration_edits(starts[_INFO], *places[_INFO])
         if _INFO in places and not _duration(info)
         else (),
     )
+
+
+def _matroska_aspect(video: dict[bytes, bytes]) -> float:
+    width, height = _number(video.get(_PIXEL_WIDTH)), _number(video.get(_PIXEL_HEIGHT))
+    shown = _number(video.get(_SHOWN_WIDTH)), _number(video.get(_SHOWN_HEIGHT))
+    return _ratio(shown[0] * height, shown[1] * width)
 
 
 def _cue_times(file: Opened) -> np.ndarray | None:

@@ -114,8 +114,9 @@ def read_video(source: Source, config: FrameConfig, *, size: int | None = None) 
     """Read the frames of a video, an animation or a still image that a policy chooses.
 
     What the file is shows in its content, not in its name. Frames are turned and mirrored as the file
-    asks; the alpha of images and animations is laid over white. With `size` each frame's shorter side
-    is brought down to so many pixels by the decoder, which is faster and takes less memory.
+    asks, and pixels that are not square become so; the alpha of images, GIFs and WebPs is laid over
+    white. With `size` each frame's shorter side is brought down to so many pixels by the decoder, which
+    is faster and takes less memory.
 
     Uniform: the clip's time is cut into `num_frames` equal spans, and the frame shown in the middle of
     each is taken, once. A clip with fewer frames gives every one of them; so does one with fewer
@@ -308,10 +309,11 @@ class _VideoReel(_Reel):
         self._header = header
         self._shape = (-1, -1)
         self._reader = self._open()
-        self.height, self.width = (int(side) for side in self._reader.get_batch([]).shape[1:3])
+        height, width = (int(side) for side in self._reader.get_batch([]).shape[1:3])
+        self.height, self.width = _with_square_pixels(height, width, header)
         _check_size(self.width, self.height)
         self._shape = _shorter_shape(self.height, self.width, size)
-        if self._shape != (self.height, self.width):
+        if self._shape != (height, width):
             self._reader = self._open()
         self.fault = ""
         self._failed = False
@@ -659,6 +661,14 @@ def _scaling_graph(stream: Any, turn: int, shape: tuple[int, int]) -> Any:
     ]
     graph.link_nodes(*nodes).configure()
     return graph
+
+
+def _with_square_pixels(height: int, width: int, header: Header) -> tuple[int, int]:
+    """The size of a turned picture once its pixels are as wide as high: one side changes, as in players."""
+    was_turned = (width, height) == (header.height, header.width) and width != height
+    if was_turned:
+        return max(1, round(height * header.pixel_aspect)), width
+    return height, max(1, round(width * header.pixel_aspect))
 
 
 def _num_read(reader: Any) -> int:

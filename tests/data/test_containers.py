@@ -224,3 +224,22 @@ def test_how_long_the_pictures_of_a_webp_are_shown():
     )
     assert webp_durations(still) == []
     assert webp_durations(moving) == [0.1, 0.1, 0.25, 1.0]
+
+
+def element(name: str, *inside: bytes) -> bytes:
+    data = b"".join(inside)
+    return bytes.fromhex(name) + (len(data) | 1 << 56).to_bytes(8, "big") + data
+
+
+@pytest.mark.parametrize(
+    ("shown", "aspect"),
+    [((1024, 576), 64 / 45), ((16, 9), 64 / 45), ((0, 0), 1.0), ((1, 576), 1.0)],
+)
+def test_the_shape_of_the_pixels_of_a_matroska_file(shown, aspect):
+    sizes = zip(("b0", "ba", "54b0", "54ba"), (720, 576, *shown), strict=True)
+    video = element("e0", *(element(name, size.to_bytes(2, "big")) for name, size in sizes))
+    track = element("ae", element("d7", b"\1"), element("83", b"\1"), video)
+    file = element("1a45dfa3") + element("18538067", element("1654ae6b", track))
+    header = read_header(file)
+    assert (header.kind, header.width, header.height) == ("matroska", 720, 576)
+    assert header.pixel_aspect == pytest.approx(aspect)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from zlib import compress, crc32
 
@@ -96,6 +97,22 @@ def test_frames_and_times_are_those_of_pyav(tmp_path, name, codec, options, as_b
 
 OPEN = {"g": "12", "x264-params": "open-gop=1:bframes=3:b-pyramid=2:scenecut=0"}
 PARTS = {"movflags": "frag_keyframe+empty_moov"}
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mov"])
+def test_pixels_that_are_not_square_become_so(tmp_path, name):
+    wide = write_clip(tmp_path / name, numbered(8, height=64, width=48), aspect=Fraction(16, 9))
+    whole, small = read(wide, 2), read_video(wide, FrameConfig(num_frames=2), size=32)
+    assert (whole.width, whole.height) == (85, 64)
+    assert [frame.shape for frame in whole.frames] == [(64, 85, 3)] * 2
+    assert [frame.shape for frame in small.frames] == [(32, 42, 3)] * 2
+    assert numbers(whole) == numbers(small) == [2, 6]
+    if name == "clip.mp4":  # A quarter turn: what was wide is high.
+        turned = displayed(wide.read_bytes(), (0, 1, -1, 0))
+        assert (read(turned).width, read(turned).height) == (64, 85)
+        # Nobody made such pixels.
+        flat = overwritten(wide.read_bytes(), wide.read_bytes().index(b"pasp") + 4, b"\xff" * 4)
+        assert (read(flat).width, read(flat).height) == (48, 64)
 
 
 @pytest.mark.parametrize("name", ["open.mp4", "open.mkv"])

@@ -202,7 +202,9 @@ def test_each_of_five_hundred_damaged_files_gives_frames_or_a_reason(tmp_path: P
     assert by_bomb["huge.png"] == "image too large"
     # By which of its two limits is a matter of time.
     assert by_bomb["heavy.png"] in ("not enough memory", "decoder ran out of memory")
-    assert by_bomb["long.gif"] is None  # kept: its frames are counted, and only those wanted decoded
+    assert (
+        by_bomb["long.gif"] is None
+    )  # kept: its frames are counted, and only those wanted decoded
     assert by_bomb["times.mp4"] == by_bomb["sizes.mp4"] == "too many frames"
     # A child starts at about 0.15 GB, and is looked at every 0.02 s.
     assert watch.largest < (MEMORY_GB + 0.3) * 2**30
