@@ -115,8 +115,8 @@ def read_video(source: Source, config: FrameConfig, *, size: int | None = None) 
 
     What the file is shows in its content, not in its name. Frames are turned and mirrored as the file
     asks, and pixels that are not square become so; the alpha of images, GIFs and WebPs is laid over
-    white, and that of other videos left out. With `size` each frame's shorter side is brought down to so many pixels by the decoder, which
-    is faster and takes less memory.
+    white, and that of other videos left out. With `size` each frame's shorter side is brought down to so
+    many pixels by the decoder, which is faster and takes less memory.
 
     Uniform: the clip's time is cut into `num_frames` equal spans, and the frame shown in the middle of
     each is taken, once. A clip with fewer frames gives every one of them; so does one with fewer
