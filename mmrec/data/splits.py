@@ -41,7 +41,7 @@ class SplitConfig:
     and test. It is the share of all products, rounded to a whole number and at least one: those whose ids
     have the smallest hashes. When the catalogue grows, new products take some of their places."""
     near_duplicates: Literal["together", "allow"] = "together"
-    """Contents whose frames look the same to a perceptual hash (mmrec/data/duplicates.py says what that finds)
+    """Contents whose frames look the same to a perceptual hash (duplicates.py says what that finds)
     go to one split: where any of them would be tested, all are.
     A split column in links is not changed: there the training copies of what is tested (or validated)
     are dropped. `allow` leaves them where they fall."""
