@@ -23,6 +23,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+# As train/contrastive.py sets it, and for the same reason; it holds for both.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import tyro
 from open_clip.loss import ClipLoss
