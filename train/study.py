@@ -66,7 +66,7 @@ class StudyConfig:
 # recipe. The small early pictures of the recipe are left out, since they would make epochs unequal.
 BASES: dict[Data, str] = {
     "demo": "demo",
-    "videos": "grocery-videos --epochs 50 --sampler.no-unique-products --augment.early-size None "
+    "videos": "grocery-videos --epochs 30 --sampler.no-unique-products --augment.early-size None "
     "--encoder.image-size 64 --encoder.num-frames 4",
 }
 SHARED = "--eval-every 1000000 --checkpoint-every 1000000 --num-workers 0 --cpu-threads 1"
@@ -341,17 +341,23 @@ def main(config: StudyConfig) -> None:
 
 
 def run_all(runs: Sequence[Run], jobs: int) -> None:
-    """Run trainings side by side, and say which are done; the first failure ends the rest."""
+    """Run trainings side by side, and say which are done; the first failure is raised after the rest."""
+    failed: UserError | None = None
     with ThreadPoolExecutor(jobs) as pool:
         futures = [(run, pool.submit(run.go)) for run in runs]
-        try:
-            for number, (run, future) in enumerate(futures, 1):
+        for number, (run, future) in enumerate(futures, 1):
+            name = f"{number}/{len(runs)} {run.data}, {run.arm.name}, seed {run.seed}"
+            try:
                 future.result()
-                name = f"{run.data}, {run.arm.name}, seed {run.seed}"
-                print(f"{number}/{len(runs)} {name}", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            except UserError as error:
+                failed = failed or error
+                name += f": {error}"
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            print(name, file=sys.stderr, flush=True)
+    if failed is not None:
+        raise failed
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ class ProductIndex:
         with self._changing, ExitStack() as stack:
             base = self._folded()
             replaces = _has_live_generation(out)
-            if replaces and not (self._writer and out.samefile(self._folder or out)):
+            if replaces and not (self._writer and _is_same_folder(self._folder or out, out)):
                 stack.enter_context(lock_writer(out))
             home = (
                 out
@@ -213,7 +213,7 @@ class ProductIndex:
                 )
                 finish_generation(generation, record, manifest)
         with self._changing:
-            if self._folder is None or not self._folder.samefile(out):
+            if self._folder is None or not _is_same_folder(self._folder, out):
                 self.close()
             # What this object was opened from, perhaps with another encoder, is behind it.
             self._folder, self.manifest = out, None
@@ -565,6 +565,11 @@ def _has_live_generation(folder: Path) -> bool:
         return live_generation(folder).is_dir()
     except UserError:
         return False
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    """Whether both lead to one folder; what is there no more is like no other."""
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _ids_of(view: View, rows: Int64[np.ndarray, "Q K"]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """ProductIndex against numpy's argsort, on disk, and against what users get wrong."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -358,6 +359,14 @@ def test_reading_vectors_changes_no_fingerprint(indexes, tmp_path):
     before = index.save(tmp_path / "before").fingerprint
     index.vectors(index.ids[:3])
     assert index.save(tmp_path / "after").fingerprint == before
+
+
+def test_an_index_whose_folder_is_gone_is_saved_elsewhere(tmp_path):
+    index = ProductIndex.build(names(20), unit_vectors(20))
+    before = index.save(tmp_path / "index").fingerprint
+    shutil.rmtree(tmp_path / "index")
+    assert index.save(tmp_path / "other").fingerprint == before
+    assert index.save(tmp_path / "index").fingerprint == before
 
 
 def test_an_index_is_overwritten_only_on_request(saved):
