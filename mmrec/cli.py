@@ -35,8 +35,11 @@ def embed(
     dtype: Literal["float16", "float32"] = "float16",
     width: int | None = None,
     overwrite: bool = False,
+    restart: bool = False,
 ) -> None:
-    """Encode shards into a folder of embeddings.
+    """Encode shards into a folder of embeddings; `accelerate launch -m mmrec embed ...` takes several GPUs.
+
+    A run that was killed goes on where it was when the same command is given again.
 
     Args:
         encoder: An encoder's folder, such as runs/demo/train/encoder.
@@ -49,10 +52,11 @@ def embed(
         dtype: How numbers are kept on disk.
         width: Numbers kept of each embedding, of an encoder trained with --encoder.widths; all if left out.
         overwrite: Replace the folder if it is there.
+        restart: Throw away what an earlier run left unfinished.
     """
     from mmrec.retrieval.embed import embed_shards
 
-    embeddings = embed_shards(
+    summary = embed_shards(
         encoder,
         shards,
         out,
@@ -63,9 +67,10 @@ def embed(
         dtype=dtype,
         width=width,
         overwrite=overwrite,
+        restart=restart,
     )
-    rows, columns = embeddings.vectors.shape
-    print(f"embedded {rows:,} items, {columns} wide: {out}")
+    if summary.first:
+        print(f"{summary.line()}: {out}")
 
 
 @index_app.command(name="build")
@@ -76,22 +81,33 @@ def index_build(
     factory: str = "Flat",
     width: int | None = None,
     rerank: bool = False,
+    ids: str | None = None,
+    memory_gb: float | None = None,
     overwrite: bool = False,
 ) -> None:
     """Build an index from embeddings of the catalogue, or of contents.
 
     Args:
-        embeddings: The folder written by `mmrec embed`.
+        embeddings: The folder written by `mmrec embed`, or by clip-retrieval's inference.
         out: The folder to write.
         factory: A FAISS factory string: Flat is exact; HNSW32 or IVF1024,Flat are faster on many products.
         width: Index the leading components alone, of embeddings with nested widths.
         rerank: Keep all components as float16, and score matches again by them.
+        ids: The column of the metadata that holds the ids, where mmrec did not write the embeddings.
+        memory_gb: Embeddings that do not fit are read a part at a time; left out, half of what is free.
         overwrite: Replace the index if it is there; readers go on with the one that they opened.
     """
     from mmrec.retrieval.matcher import build_index
 
     index = build_index(
-        embeddings, out, factory=factory, width=width, rerank=rerank, overwrite=overwrite
+        embeddings,
+        out,
+        factory=factory,
+        width=width,
+        rerank=rerank,
+        ids=ids,
+        memory_gb=memory_gb,
+        overwrite=overwrite,
     )
     what = "products" if index.key == "product_id" else "contents"
     print(f"indexed {len(index):,} {what}, {width or index.width} wide, as {factory}: {out}")

@@ -3,6 +3,10 @@
 Every function here also works in a single process, where no process group exists.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +23,28 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number in the group; 0 without one."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """This process's number among those of the group on its machine; 0 without a group."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+
+
+@contextmanager
+def launched_group() -> Iterator[None]:
+    """Join the processes that `accelerate launch` or torchrun started; nothing where there is one alone.
+
+    For programs whose processes meet at the beginning and the end: messages go by the processors, and
+    one may wait for the others for days. A group that is there already serves.
+    """
+    if world_size() > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def gather_sizes(local: Shaped[Tensor, " b *rest"]) -> list[int]:

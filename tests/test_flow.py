@@ -46,7 +46,7 @@ def test_embeddings_lie_in_parts_with_their_ids(index: Path, tiny_shards: Path) 
     catalog = read_manifest(tiny_shards).details["catalog"]
     assert embeddings.vectors.shape == (catalog, 128)
     np.testing.assert_allclose(np.linalg.norm(embeddings.vectors, axis=1), 1, atol=1e-6)
-    parts = sorted((folder / "emb").iterdir())
+    parts = sorted((folder / "img_emb").iterdir())
     assert np.load(parts[0]).dtype == np.float16
     metadata = pq.read_table(folder / "metadata" / "metadata_000000.parquet")
     assert len(metadata) == len(np.load(parts[0]))
@@ -56,12 +56,14 @@ def test_embeddings_lie_in_parts_with_their_ids(index: Path, tiny_shards: Path) 
 def test_embedding_does_not_depend_on_batches(
     trained: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    one = embed_shards(
-        trained / "encoder", tiny_shards, tmp_path / "a", split="val", batch_size=1, dtype="float32"
-    )
-    many = embed_shards(
-        trained / "encoder", tiny_shards, tmp_path / "b", split="val", batch_size=7, dtype="float32"
-    )
+    for size in (1, 7):
+        embed_shards(
+            *(trained / "encoder", tiny_shards, tmp_path / str(size)),
+            split="val",
+            batch_size=size,
+            dtype="float32",
+        )
+    one, many = (read_embeddings(tmp_path / name) for name in ("1", "7"))
     assert one.ids == many.ids
     np.testing.assert_allclose(one.vectors, many.vectors, atol=1e-5)
 
@@ -410,9 +412,9 @@ def test_a_tar_that_went_missing_is_noticed(tiny_shards: Path, tmp_path: Path) -
 def test_embeddings_that_were_changed_are_refused(index: Path, tmp_path: Path) -> None:
     copy = tmp_path / "embeddings"
     shutil.copytree(index.parent / "embeddings", copy)
-    part = copy / "emb/emb_000000.npy"
+    part = copy / "img_emb/img_emb_000000.npy"
     np.save(part, np.roll(np.load(part), 1, axis=0))
-    with pytest.raises(UserError, match="not those that were written"):
+    with pytest.raises(UserError, match=r"img_emb_000000\.npy: is not the file that was written"):
         read_embeddings(copy)
 
 

@@ -7,7 +7,7 @@ H (alone) hard negatives of a batch.
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -545,18 +545,29 @@ def item_loader(
     batch_size: int,
     num_workers: int,
     pin_memory: bool = False,
+    stretches: Sequence[int] | None = None,
 ) -> Iterable[ItemBatch]:
-    """Batches of contents or products as at test time, in the order of `rows`, nothing augmented."""
+    """Batches of contents or products as at test time, in the order of `rows`, nothing augmented.
+
+    `stretches` are numbers of rows, one stretch after the other, over whose ends no batch goes.
+    """
     return DataLoader(
         _ItemDataset(reader, rows, preprocess, num_frames),
-        batch_size=batch_size,
-        shuffle=False,
+        batch_sampler=[list(b) for b in _in_batches(stretches or [len(rows)], batch_size)],
         collate_fn=_CollateItems(tokenizer, preprocess.size),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
         generator=torch.Generator(),
     )
+
+
+def _in_batches(stretches: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    start = 0
+    for size in stretches:
+        for first in range(start, start + size, batch_size):
+            yield range(first, min(first + batch_size, start + size))
+        start += size
 
 
 class _ItemDataset(Dataset[tuple[list[Tensor], str | None]]):

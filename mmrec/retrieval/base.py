@@ -114,15 +114,22 @@ def base_in_memory(
 def write_files(generation: Path, base: Base) -> Generation:
     """Write a base's files into a generation's folder; returns its record, with their hashes."""
     write_base(base.index, generation / BASE)
-    with pa.OSFile(str(generation / PRODUCTS), "wb") as file:
-        products = base.products.replace_schema_metadata(None)
-        with pa.ipc.new_file(file, products.schema) as writer:
-            # In one piece, so that ids and rows are found without looking for theirs.
-            writer.write_table(products.combine_chunks(), max_chunksize=max(1, len(products)))
+    write_products(base.products, generation / PRODUCTS)
     np.save(generation / KEYS, base.keys.order, allow_pickle=False)
     if base.store is not None:
         np.save(generation / VECTORS, base.store, allow_pickle=False)
     return replace(base.record, files=describe_files(generation))
+
+
+def write_products(products: pa.Table, path: Path) -> None:
+    """Write ids and attributes as an Arrow file that can be mapped."""
+    products = products.replace_schema_metadata(None)
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, products.schema) as writer,
+    ):
+        # In one piece, so that ids and rows are found without looking for theirs.
+        writer.write_table(products.combine_chunks(), max_chunksize=max(1, len(products)))
 
 
 def open_live_base(

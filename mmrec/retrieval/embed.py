@@ -1,44 +1,48 @@
-"""From an encoder and shards to embeddings on disk.
+"""From an encoder and shards to a folder of embeddings on disk: see parts.py for how it lies there.
 
-    <embeddings>/emb/emb_000000.npy              (rows, D) float16 or float32, unit length
-    <embeddings>/metadata/metadata_000000.parquet   ids, titles and attributes of the same rows
-    <embeddings>/manifest.json
-
-One part a shard, named so that embedding-reader, autofaiss and clip-retrieval read them in the same order.
-Shape letters: N rows, D embedding width, W a narrower one.
+One part a shard. Shape letters: N rows, D embedding width, W a narrower one.
 """
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Float32
 from tqdm import tqdm
 
+import mmrec
 from mmrec import distributed
 from mmrec.data.batches import item_loader
 from mmrec.data.shards import ShardReader, open_shards
-from mmrec.data.storage import Place
+from mmrec.data.storage import Place, write_bytes_whole
 from mmrec.errors import UserError
-from mmrec.manifest import (
-    Manifest,
-    fingerprint_of,
-    hash_file,
-    new_folder,
-    parent_of,
-    read_manifest,
-    write_manifest,
-)
+from mmrec.manifest import Manifest, check_output, parent_of, read_manifest, write_manifest
 from mmrec.model.encoder import VIEWS, Encoder, Side
+from mmrec.retrieval.intake import name_ids
+from mmrec.retrieval.parts import (
+    Parts,
+    check_distinct,
+    check_files,
+    checked_part,
+    fingerprint_read,
+    is_written,
+    open_parts,
+    read_metadata,
+    read_stretches,
+    write_part,
+    write_record,
+)
 
 Split = Literal["train", "val", "test", "catalog"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,32 @@ class Embeddings:
     """product_id or content_id of each row."""
     vectors: Float32[np.ndarray, "N D"]
     metadata: pa.Table
-    """id, title, attributes (a JSON object as text), and for contents product_ids."""
+    """id, title, attributes (a JSON object as text), and for contents product_ids; of others as it is."""
+    parts: Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSummary:
+    """What a run of `embed_shards` did."""
+
+    rows: int
+    width: int
+    new_rows: int
+    """Rows that this run embedded; the others it found."""
+    processes: int
+    first: bool
+    """Whether this is the process that speaks for all."""
+    seconds: float
+
+    def line(self) -> str:
+        """The summary as text."""
+        found = self.rows - self.new_rows
+        again = f" ({found:,} of them found)" if found else ""
+        rate = self.new_rows / max(self.seconds, 1e-9)
+        return (
+            f"embedded {self.rows:,} items{again}, {self.width} wide, {rate:,.0f} items/s on "
+            f"{self.processes} process{'es' if self.processes > 1 else ''}"
+        )
 
 
 def embed_rows(
@@ -136,103 +165,263 @@ def embed_shards(
     dtype: Literal["float16", "float32"] = "float16",
     width: int | None = None,
     overwrite: bool = False,
-) -> Embeddings:
+    restart: bool = False,
+) -> EmbedSummary:
     """Embed a split of shards (`catalog`: the products) with a saved encoder into a folder of embeddings.
 
-    `width` keeps that many numbers of each; it must be one that the encoder was trained at. Raises
-    `UserError` when it is not, the encoder or the split is missing, `out` is there already, or an item has
-    neither a picture nor a title.
+    Under `accelerate launch` or torchrun the shards are shared out among the processes. No batch holds
+    rows of two shards, so that a part has the same bytes whichever process makes it. A run that was
+    killed and is started again goes on: parts lie in `.<out>.unfinished` until all are there, and none
+    is made twice. `restart` throws these away. `width` keeps that many numbers of each embedding; it must
+    be one that the encoder was trained at.
+
+    Raises `UserError` when it is not, the encoder or the split is missing, `out` is there already,
+    unfinished work is of other settings, an id occurs twice, or an item has neither a picture nor a title.
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError("expected --batch-size of at least 1 and --num-workers of at least 0")
-    encoder = Encoder.load(encoder_folder, device=pick_device(device))
-    width = width or encoder.width
-    if width not in encoder.widths:
-        known = ", ".join(map(str, encoder.widths))
-        raise UserError(
-            f"--width {width}: {encoder_folder} was trained at {known}; give one of these"
+    started = time.monotonic()
+    with distributed.launched_group():
+        encoder = Encoder.load(encoder_folder, device=pick_device(device))
+        width = width or encoder.width
+        if width not in encoder.widths:
+            known = ", ".join(map(str, encoder.widths))
+            raise UserError(
+                f"--width {width}: {encoder_folder} was trained at {known}; give one of these"
+            )
+        reader = open_split(shards, split)
+        ids = _ids_of(reader)
+        check_distinct(ids)
+        work = _Work(out)
+        settings = {
+            "encoder": encoder.fingerprint,
+            "shards": read_manifest(shards).fingerprint,
+            "split": split,
+            "dtype": dtype,
+            "width": width,
+            "batch_size": batch_size,
+            "mmrec": mmrec.__version__,
+        }
+        sizes = [size for size in reader.shard_sizes if size]
+        missing = _agreed(
+            lambda: work.start(
+                settings,
+                len(sizes),
+                overwrite=overwrite,
+                restart=restart,
+                inputs=(encoder_folder, shards),
+            )
         )
-    reader = open_split(shards, split)
-    inputs = (encoder_folder, shards)
-    with new_folder(out, kind="embeddings", overwrite=overwrite, inputs=inputs) as folder:
-        (folder / "emb").mkdir()
-        (folder / "metadata").mkdir()
-        vectors = embed_rows(
+        own = missing[distributed.rank() :: distributed.world_size()]
+        made = embed_parts(
             encoder,
             reader,
+            own,
             batch_size=batch_size,
             num_workers=num_workers,
             progress=f"embed {split}",
         )
-        vectors = narrowed(vectors, width)
-        _check_lengths(vectors, reader)
-        start = 0
-        for number, size in enumerate(reader.shard_sizes):
-            rows = range(start, start + size)
-            part = vectors[start : start + size].astype(dtype)
-            np.save(folder / "emb" / f"emb_{number:06d}.npy", part, allow_pickle=False)
-            pq.write_table(
-                _metadata(reader, rows), folder / "metadata" / f"metadata_{number:06d}.parquet"
+        for number, vectors in made:
+            rows = _rows_of_part(sizes, number)
+            part = narrowed(vectors, width)
+            _check_lengths(part, ids[rows.start : rows.stop])
+            work.write(number, part.astype(dtype), _metadata(reader, rows))
+        _agreed(
+            lambda: work.publish(
+                Manifest(
+                    kind="embeddings",
+                    config={
+                        "split": split,
+                        "dtype": dtype,
+                        "num_frames": encoder.config.num_frames,
+                    },
+                    counts={"in": len(reader), "out": len(reader), "dropped": {}},
+                    parents=[
+                        parent_of(out, encoder_folder, "encoder"),
+                        parent_of(out, shards, "shards"),
+                    ],
+                    fingerprint="",
+                    details={"width": width, "family": reader.family, "parts": len(sizes)},
+                ),
+                len(sizes),
             )
-            start += size
-        config = {"split": split, "dtype": dtype, "num_frames": encoder.config.num_frames}
-        write_manifest(
-            folder,
-            Manifest(
-                kind="embeddings",
-                config=config,
-                counts={"in": len(reader), "out": len(vectors), "dropped": {}},
-                parents=[
-                    parent_of(out, encoder_folder, "encoder"),
-                    parent_of(out, shards, "shards"),
-                ],
-                fingerprint=_fingerprint(folder),
-                details={
-                    "width": width,
-                    "family": reader.family,
-                    "parts": len(reader.shard_sizes),
-                },
-            ),
         )
-    return read_embeddings(out)
+        return EmbedSummary(
+            rows=len(reader),
+            width=width,
+            new_rows=sum(sizes[number] for number in missing),
+            processes=distributed.world_size(),
+            first=distributed.rank() == 0,
+            seconds=time.monotonic() - started,
+        )
 
 
-def read_embeddings(folder: Path | str) -> Embeddings:
-    """Read a folder of embeddings into memory.
+def embed_parts(
+    encoder: Encoder,
+    reader: ShardReader,
+    numbers: Sequence[int],
+    *,
+    batch_size: int,
+    num_workers: int,
+    progress: str,
+) -> Iterator[tuple[int, Float32[np.ndarray, "N D"]]]:
+    """Embed the samples of some of a split's shards, those without samples not counted, one by one.
 
-    Raises `UserError` when parts are missing, broken, or not those that the manifest names.
+    Yields a shard's number and its vectors. One loader runs through all of them, so that no worker waits
+    at the end of a shard.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder, "embeddings")
-    paths = sorted((folder / "emb").glob("*.npy"))
-    if len(paths) != manifest.details["parts"]:
-        raise UserError(
-            f"{folder}: expected {manifest.details['parts']} parts, found {len(paths)}; embed again"
-        )
-    if _fingerprint(folder) != manifest.fingerprint:
-        raise UserError(f"{folder}: its parts are not those that were written; embed again")
-    vectors, tables = [], []
-    for path in paths:
+    sizes = [size for size in reader.shard_sizes if size]
+    stretches = [_rows_of_part(sizes, number) for number in numbers]
+    rows = np.concatenate([np.zeros(0, np.int64), *map(np.array, stretches)])
+    loader = item_loader(
+        reader,
+        rows.tolist(),
+        preprocess=encoder.preprocess,
+        tokenizer=encoder.tokenizer,
+        num_frames=encoder.config.num_frames,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=encoder.device.type == "cuda",
+        stretches=[sizes[number] for number in numbers],
+    )
+    side: Side = "content" if reader.family == "contents" else "product"
+    rank, world = distributed.rank(), distributed.world_size()
+    name = progress if world == 1 else f"{progress}, 1 of {world} processes"
+    encoder.eval()
+    batches = iter(loader) if len(rows) else iter(())
+    with tqdm(total=len(rows), desc=name, unit=side, disable=rank > 0) as bar:
+        for number in numbers:
+            vectors = np.empty((sizes[number], encoder.width), np.float32)
+            filled = 0
+            while filled < len(vectors):
+                batch = next(batches)
+                with torch.inference_mode():
+                    embedded = encoder.embed(batch.to(encoder.device), side).cpu().numpy()
+                vectors[filled : filled + len(embedded)] = embedded
+                filled += len(embedded)
+                bar.update(len(embedded))
+            yield number, vectors
+
+
+def _rows_of_part(sizes: Sequence[int], number: int) -> range:
+    start = sum(sizes[:number])
+    return range(start, start + sizes[number])
+
+
+def _agreed(step: Callable[[], Result]) -> Result:
+    """What the first process has of a step once all have come to it; its `UserError` is everybody's."""
+    error = result = None
+    distributed.gather_objects(None)
+    if distributed.rank() == 0:
         try:
-            part = np.load(path, allow_pickle=False).astype(np.float32)
-            metadata = path.name.replace("emb_", "metadata_").replace(".npy", ".parquet")
-            table = pq.read_table(folder / "metadata" / metadata)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
-        if len(part) != len(table):
-            raise UserError(f"{path}: {len(part)} vectors, and metadata for {len(table)}")
-        vectors.append(part)
+            result = step()
+        except UserError as raised:
+            error = str(raised)
+    result, error = distributed.gather_objects((result, error))[0]
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+class _Work:
+    """The folder of unfinished work beside the output: parts, and an entry for each that is whole."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.root = out.with_name(f".{out.name}.unfinished")
+        self.folder = self.root / "embeddings"
+
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        parts: int,
+        *,
+        overwrite: bool,
+        restart: bool,
+        inputs: Iterable[Path],
+    ) -> list[int]:
+        """Begin, or go on where the same settings left off; returns the parts that are still to be made.
+
+        Raises `UserError` for an output that cannot be written, and for unfinished work of other settings.
+        """
+        check_output(self.out, kind="embeddings", overwrite=overwrite, inputs=inputs)
+        plan = self.root / "plan.json"
+        if restart:
+            shutil.rmtree(self.root, ignore_errors=True)
+        if not plan.is_file():
+            write_bytes_whole(plan, json.dumps(settings, indent=2).encode())
+        earlier = json.loads(plan.read_text(encoding="utf-8"))
+        differing = [
+            f"{name} was {earlier.get(name)}, is {settings.get(name)}"
+            for name in sorted({*earlier, *settings})
+            if earlier.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.root}: holds unfinished work of other settings ({'; '.join(differing)}); finish it "
+                "with those, or --restart throws it away"
+            )
+        entries = map(self._entry, range(parts))
+        return [
+            number
+            for number, entry in enumerate(entries)
+            if entry is None or not is_written(self.folder, number, entry)
+        ]
+
+    def write(self, number: int, vectors: Float[np.ndarray, "N D"], metadata: pa.Table) -> None:
+        """Write a part, and then its entry, which says that it is whole."""
+        entry = write_part(self.folder, number, vectors, metadata)
+        write_bytes_whole(self._entry_path(number), json.dumps(entry).encode())
+
+    def publish(self, manifest: Manifest, parts: int) -> None:
+        """Give the parts their final place, and remove the rest."""
+        entries = [entry for entry in map(self._entry, range(parts)) if entry is not None]
+        assert len(entries) == parts
+        # What a process that was killed was writing.
+        for leftover in self.folder.rglob(".*.tmp-*"):
+            leftover.unlink()
+        fingerprint = write_record(self.folder, entries)
+        write_manifest(self.folder, replace(manifest, fingerprint=fingerprint))
+        old = self.out.with_name(f".{self.out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.out.exists():
+            self.out.rename(old)
+        self.folder.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _entry(self, number: int) -> dict[str, Any] | None:
+        path = self._entry_path(number)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _entry_path(self, number: int) -> Path:
+        return self.root / "whole" / f"{number:06d}.json"
+
+
+def read_embeddings(folder: Path | str, *, ids: str | None = None) -> Embeddings:
+    """Read a folder of embeddings into memory, ours or one that clip-retrieval wrote.
+
+    `ids` names the column of ids in the metadata of the latter. Raises `UserError` when parts are
+    missing, broken, not those that were written, or hold what cannot be indexed.
+    """
+    parts = open_parts(folder, ids=ids)
+    names: list[str] = []
+    vectors, tables, hashes = [], [], []
+    for part in parts.parts:
+        hashes.append(check_files(part))
+        own, table = read_metadata(part, parts.id_column)
+        (whole,) = read_stretches(part, part.rows)
+        vectors.append(checked_part(part, own, whole))
         tables.append(table)
-    whole = np.concatenate(vectors)
-    # float16 on disk: bring each row back to unit length.
-    whole /= np.linalg.norm(whole, axis=1, keepdims=True)
-    metadata = pa.concat_tables(tables)
+        names += own
+    check_distinct(names)
     return Embeddings(
-        folder=folder,
-        manifest=manifest,
-        ids=metadata["id"].to_pylist(),
-        vectors=whole,
-        metadata=metadata,
+        folder=parts.folder,
+        manifest=replace(parts.manifest, fingerprint=fingerprint_read(parts, hashes)),
+        ids=names,
+        vectors=np.concatenate(vectors),
+        metadata=pa.concat_tables(tables, promote_options="permissive"),
+        parts=parts,
     )
 
 
@@ -242,33 +431,35 @@ def open_split(shards: Place, split: Split) -> ShardReader:
 
 
 def pick_device(device: str) -> str:
-    """`auto` is the GPU where there is one.
+    """`auto` is the GPU where there is one, and each process's own where there are several of both.
 
     Raises `UserError` when a GPU is asked for and there is none.
     """
     if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
         raise UserError(f"--device {device}: expected auto, cpu or cuda")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto" and not torch.cuda.is_available():
+        return "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine; use --device cpu")
-    return device
+    if device in ("auto", "cuda") and distributed.world_size() > 1:
+        return f"cuda:{distributed.local_rank() % torch.cuda.device_count()}"
+    return "cuda" if device == "auto" else device
 
 
-def _fingerprint(folder: Path) -> str:
-    files = (*folder.glob("emb/*"), *folder.glob("metadata/*"))
-    return fingerprint_of({path.name: hash_file(path) for path in files})
-
-
-def _check_lengths(vectors: Float[np.ndarray, "N D"], reader: ShardReader) -> None:
-    bad = np.flatnonzero(np.abs(np.linalg.norm(vectors, axis=1) - 1) > 1e-3)
+def _check_lengths(vectors: Float[np.ndarray, "N D"], ids: Sequence[str]) -> None:
+    bad = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) <= 1e-3))
     if len(bad):
-        meta = reader.meta(int(bad[0]))
-        name = meta.get("content_id", meta.get("product_id"))
+        names = name_ids([ids[row] for row in bad.tolist()])
         raise UserError(
-            f"{len(bad)} of {len(vectors)} embeddings have no direction, the first '{name}': it has "
-            f"neither pictures nor a title, or the encoder gives numbers that are not finite"
+            f"{len(bad)} embeddings of a shard of {len(vectors)} have no direction: {names}; they "
+            f"have neither pictures nor a title, or the encoder gives numbers that are not finite"
         )
+
+
+def _ids_of(reader: ShardReader) -> list[str]:
+    if reader.family == "contents":
+        return reader.content_ids
+    return [ids[0] for ids in reader.product_ids]
 
 
 def _metadata(reader: ShardReader, rows: Sequence[int]) -> pa.Table:

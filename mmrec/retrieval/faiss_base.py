@@ -6,7 +6,8 @@ FAISS's kinds of index differ in what they can do: some take no selector, HNSW c
 inverted file renumbers nothing. The differences end here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,20 @@ _ROWS_AT_ONCE = 65_536
 
 def build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
     """A FAISS index for inner products, trained on the vectors and holding them."""
+    base = new_base(vectors.shape[1], factory)
+    with unfit_refused(factory, len(vectors)):
+        base.train(vectors)
+        base.add(vectors)
+    return base
+
+
+def new_base(width: int, factory: str) -> Any:
+    """An untrained FAISS index for inner products. Raises `UserError` for a factory that cannot be served."""
     try:
-        base = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        base = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(
-            f"'{factory}' is not a FAISS factory for inner products of width {vectors.shape[1]} "
+            f"'{factory}' is not a FAISS factory for inner products of width {width} "
             f"({reason_of(error)}); try Flat, HNSW32 or IVF64,Flat"
         ) from None
     if _decodes_badly(core_of(base)) and not isinstance(base, faiss.IndexRefine):
@@ -44,15 +54,19 @@ def build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
             f"'{factory},RFlat' or '{factory},Refine(SQfp16)'"
         )
     _set_effort(base)
+    return base
+
+
+@contextmanager
+def unfit_refused(factory: str, count: int) -> Iterator[None]:
+    """Training and adding: FAISS's complaint of too few vectors, or of this kind, becomes a `UserError`."""
     try:
-        base.train(vectors)
-        base.add(vectors)
+        yield
     except RuntimeError as error:
         raise UserError(
-            f"factory '{factory}' cannot be built from {len(vectors)} vectors ({reason_of(error)}); "
+            f"factory '{factory}' cannot be built from {count} vectors ({reason_of(error)}); "
             "Flat and HNSW32 need no training and take any number"
         ) from None
-    return base
 
 
 def _set_effort(base: Any) -> None:
@@ -229,6 +243,11 @@ def _decodes_badly(core: Any) -> bool:
     return isinstance(core, faiss.IndexIVFFastScan)
 
 
+def keeps_rows_in_lists(index: Any) -> bool:
+    """Whether an index is inverted lists that hold a code and a number for each row."""
+    return isinstance(index, faiss.IndexIVF) and not isinstance(index, faiss.IndexIVFFastScan)
+
+
 def list_sizes(base: Any) -> Int64[np.ndarray, " L"]:
     """Rows in each inverted list; empty for an index without lists."""
     core = core_of(base)
@@ -250,11 +269,11 @@ def _transformed(base: Any, vectors: np.ndarray) -> np.ndarray:
     if isinstance(base, faiss.IndexRefine):
         return _transformed(base.base_index, vectors)
     if isinstance(base, faiss.IndexPreTransform):
-        return _transformed(base.index, _through(base.chain, vectors))
+        return _transformed(base.index, through(base.chain, vectors))
     return vectors
 
 
-def _through(chain: Any, vectors: np.ndarray) -> np.ndarray:
+def through(chain: Any, vectors: np.ndarray) -> np.ndarray:
     """Vectors after a chain of transforms."""
     for number in range(chain.size()):
         vectors = faiss.downcast_VectorTransform(chain.at(number)).apply(vectors)
@@ -292,7 +311,7 @@ def carried_over(
 
 def _carry(base: Any, new: Any, rows: np.ndarray, vectors: np.ndarray) -> None:
     if isinstance(base, faiss.IndexPreTransform):
-        vectors = _through(base.chain, vectors)
+        vectors = through(base.chain, vectors)
         _carry(faiss.downcast_index(base.index), faiss.downcast_index(new.index), rows, vectors)
     elif isinstance(base, faiss.IndexRefine):
         for stage in ("base_index", "refine_index"):
@@ -302,7 +321,7 @@ def _carry(base: Any, new: Any, rows: np.ndarray, vectors: np.ndarray) -> None:
                 new_part.add(vectors)
             else:
                 _carry(old_part, new_part, rows, vectors)
-    elif isinstance(base, faiss.IndexIVF) and not isinstance(base, faiss.IndexIVFFastScan):
+    elif keeps_rows_in_lists(base):
         _carry_lists(base, new, rows)
         new.ntotal = len(rows)
         new.add(vectors)

@@ -22,13 +22,22 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from mmrec.errors import UserError
-from mmrec.manifest import FILE_NAME, Manifest, hash_file, read_manifest, write_manifest
+from mmrec.manifest import (
+    FILE_NAME,
+    Manifest,
+    check_output,
+    fingerprint_of,
+    hash_file,
+    new_folder,
+    read_manifest,
+    write_manifest,
+)
 
 BASE, PRODUCTS, KEYS, VECTORS = "base.faiss", "products.arrow", "keys.npy", "vectors.npy"
 RECORD, CHANGES, CURRENT, WRITER_LOCK = "generation.json", "changes", "CURRENT", "writer.lock"
@@ -156,6 +165,18 @@ def describe_files(generation: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def manifest_of(record: Generation, **facts: Any) -> Manifest:
+    """The manifest of an index; `facts` are its parents, config, counts and further details."""
+    details = {"factory": record.factory, "width": record.width}
+    if record.key != "product_id":
+        details["key"] = record.key
+    return Manifest(
+        kind="index",
+        fingerprint=fingerprint_of({name: file["sha256"] for name, file in record.files.items()}),
+        **facts | {"details": details | facts.get("details", {})},
+    )
+
+
 def finish_generation(generation: Path, record: Generation, manifest: Manifest) -> None:
     """Write what is beside a generation's data, and bring all of it to the disk."""
     text = json.dumps(asdict(record), indent=2)
@@ -165,6 +186,31 @@ def finish_generation(generation: Path, record: Generation, manifest: Manifest) 
     for path in generation.iterdir():
         sync(path)
     sync(generation)
+
+
+@contextmanager
+def published_generation(out: Path, *, overwrite: bool, is_writer: bool = False) -> Iterator[Path]:
+    """A generation to be filled, of a new index at `out`, or the next of the one that is there.
+
+    `is_writer` says that the caller holds the lock of the index at `out`. Raises `UserError` when `out` is
+    there and is not to be overwritten, and when another writer holds it.
+    """
+    check_output(out, kind="index", overwrite=overwrite)
+    with ExitStack() as stack:
+        replaces = _has_live_generation(out)
+        if replaces and not is_writer:
+            stack.enter_context(lock_writer(out))
+        new = None if replaces else new_folder(out, kind="index", overwrite=overwrite)
+        home = stack.enter_context(new) if new else out
+        yield stack.enter_context(next_generation(home))
+
+
+def _has_live_generation(folder: Path) -> bool:
+    """Whether an index is there that readers may have open; a damaged one is replaced as a folder."""
+    try:
+        return live_generation(folder).is_dir()
+    except UserError:
+        return False
 
 
 @contextmanager

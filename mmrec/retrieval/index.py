@@ -9,7 +9,6 @@ no row leaves these modules: callers hand in product ids and get product ids.
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +19,7 @@ import pyarrow as pa
 from jaxtyping import Float, Float32, Int64
 
 from mmrec.errors import UserError
-from mmrec.manifest import (
-    Manifest,
-    Parent,
-    check_output,
-    fingerprint_of,
-    new_folder,
-    read_manifest,
-)
+from mmrec.manifest import Manifest, Parent, read_manifest
 from mmrec.retrieval.base import Base, base_in_memory, narrowed, open_live_base, write_files
 from mmrec.retrieval.changes import Change, read_changes, write_change
 from mmrec.retrieval.drift import IndexStatus, status_of
@@ -46,7 +38,9 @@ from mmrec.retrieval.generations import (
     finish_generation,
     live_generation,
     lock_writer,
+    manifest_of,
     next_generation,
+    published_generation,
 )
 from mmrec.retrieval.gpu import Device
 from mmrec.retrieval.intake import (
@@ -183,33 +177,17 @@ class ProductIndex:
         writer holds it.
         """
         out = Path(out)
-        check_output(out, kind="index", overwrite=overwrite)
-        with self._changing, ExitStack() as stack:
+        with self._changing:
             base = self._folded()
-            replaces = _has_live_generation(out)
-            if replaces and not (self._writer and _is_same_folder(self._folder or out, out)):
-                stack.enter_context(lock_writer(out))
-            home = (
-                out
-                if replaces
-                else stack.enter_context(new_folder(out, kind="index", overwrite=overwrite))
-            )
-            with next_generation(home) as generation:
+            is_writer = bool(self._writer and _is_same_folder(self._folder or out, out))
+            with published_generation(out, overwrite=overwrite, is_writer=is_writer) as generation:
                 record = write_files(generation, base)
-                manifest = Manifest(
-                    kind="index",
+                manifest = manifest_of(
+                    record,
+                    parents=list(parents),
                     config=dict(config or {}),
                     counts=dict(counts or {"out": len(self)}),
-                    fingerprint=fingerprint_of(
-                        {name: file["sha256"] for name, file in record.files.items()}
-                    ),
-                    parents=list(parents),
-                    details={
-                        "factory": self.factory,
-                        "width": self.width,
-                        **({"key": self.key} if self.key != "product_id" else {}),
-                        **(details or {}),
-                    },
+                    details=dict(details or {}),
                 )
                 finish_generation(generation, record, manifest)
         with self._changing:
@@ -557,14 +535,6 @@ def measure_recall(
     exact = ProductIndex.build(ids, vectors).search(queries, k).ids
     pairs = zip(found, exact, strict=True)
     return float(np.mean([len(set(ours) & set(true)) / len(true) for ours, true in pairs]))
-
-
-def _has_live_generation(folder: Path) -> bool:
-    """Whether an index is there that readers may have open; a damaged one is replaced as a folder."""
-    try:
-        return live_generation(folder).is_dir()
-    except UserError:
-        return False
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:

@@ -51,7 +51,11 @@ class Keys:
 
 def order_keys(ids: Sequence[str]) -> UInt64[np.ndarray, "2 N"]:
     """The ids' hashes in order, and under each its row."""
-    hashes = hash_ids(ids)
+    return order_hashes(hash_ids(ids))
+
+
+def order_hashes(hashes: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, "2 N"]:
+    """Hashes in order, and under each its row."""
     order = np.argsort(hashes, kind="stable")
     return np.stack([hashes[order], order.astype(np.uint64)])
 

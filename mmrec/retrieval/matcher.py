@@ -7,14 +7,13 @@ matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
 
 import base64
 import html
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
+import psutil
 import torch
 from jaxtyping import Float32
 
@@ -32,8 +31,10 @@ from mmrec.data.storage import Place, joined
 from mmrec.errors import MediaError, UserError
 from mmrec.manifest import Parent, find_parent, read_manifest, relative_path
 from mmrec.model.encoder import Encoder, Side
-from mmrec.retrieval.embed import Embeddings, open_split, pick_device, read_embeddings
+from mmrec.retrieval.embed import open_split, pick_device, read_embeddings
 from mmrec.retrieval.index import Device, ProductIndex
+from mmrec.retrieval.out_of_core import build_from_parts, bytes_to_build
+from mmrec.retrieval.parts import Parts, attributes_of, open_parts
 
 if TYPE_CHECKING:
     import pandas
@@ -294,47 +295,71 @@ def build_index(
     factory: str = "Flat",
     width: int | None = None,
     rerank: bool = False,
+    ids: str | None = None,
+    memory_gb: float | None = None,
     overwrite: bool = False,
 ) -> ProductIndex:
     """Build and publish an index from a folder of embeddings, of products or of contents.
 
     The index remembers the encoder, and where the shards and their pictures lie. `width` indexes the
-    leading components alone; `rerank` keeps all of them, and scores matches again by them. Raises
-    `UserError` for a factory that FAISS does not know.
+    leading components alone; `rerank` keeps all of them, and scores matches again by them. `ids` names
+    the column of ids of embeddings that mmrec did not write. Embeddings that do not fit `memory_gb`, by
+    default half of what is free, are read a part at a time: see out_of_core.py. Raises `UserError` for a
+    factory that FAISS does not know, and for vectors that cannot be indexed.
     """
-    loaded = read_embeddings(embeddings)
-    key = _key_of(loaded)
+    parts = open_parts(embeddings, ids=ids)
+    config = {"factory": factory, "width": width, "rerank": rerank}
+    details = {"split": parts.manifest.config.get("split", "catalog")}
+    memory = int(memory_gb * 2**30) if memory_gb else psutil.virtual_memory().available // 2
+    if bytes_to_build(parts) > memory:
+        build_from_parts(
+            parts,
+            out,
+            factory=factory,
+            indexed_width=width,
+            rerank=rerank,
+            memory_bytes=memory,
+            parents=_ancestors(parts, out),
+            config=config,
+            details=details,
+            overwrite=overwrite,
+        )
+        return ProductIndex.load(out, device="cpu")
+    loaded = read_embeddings(embeddings, ids=ids)
     index = ProductIndex.build(
         loaded.ids,
         loaded.vectors,
         factory=factory,
-        attributes=_attributes(loaded.metadata, key),
+        attributes=attributes_of(parts, loaded.metadata, loaded.ids),
         indexed_width=width,
         rerank=rerank,
-        key=key,
+        key=parts.key,
     )
-    own = Parent(
-        kind="embeddings",
-        fingerprint=loaded.manifest.fingerprint,
-        path=relative_path(out, embeddings),
-    )
-    ancestors = [
-        Parent(
-            kind=parent.kind,
-            fingerprint=parent.fingerprint,
-            path=relative_path(out, joined(embeddings, parent.path)),
-        )
-        for parent in loaded.manifest.parents
-    ]
     index.save(
         out,
-        parents=[own, *ancestors],
-        config={"factory": factory, "width": width, "rerank": rerank},
+        parents=_ancestors(replace(parts, manifest=loaded.manifest), out),
+        config=config,
         counts={"in": len(loaded.ids), "out": len(index), "dropped": {}},
-        details={"split": loaded.manifest.config.get("split", "catalog")},
+        details=details,
         overwrite=overwrite,
     )
     return index
+
+
+def _ancestors(parts: Parts, out: Path) -> list[Parent]:
+    """The embeddings that an index is made from, and what they were made from."""
+    own = Parent(
+        kind="embeddings",
+        fingerprint=parts.manifest.fingerprint,
+        path=relative_path(out, parts.folder),
+    )
+    return [
+        own,
+        *(
+            replace(parent, path=relative_path(out, joined(parts.folder, parent.path)))
+            for parent in parts.manifest.parents
+        ),
+    ]
 
 
 def upsert_embeddings(index: ProductIndex, embeddings: Path) -> int:
@@ -343,7 +368,7 @@ def upsert_embeddings(index: ProductIndex, embeddings: Path) -> int:
     Raises `UserError` when another encoder made them than made the index, or they are of the other side.
     """
     loaded = read_embeddings(embeddings)
-    if _key_of(loaded) != index.key:
+    if loaded.parts.key != index.key:
         family = loaded.manifest.details["family"]
         raise UserError(
             f"{embeddings}: holds {family}, and this index has the column '{index.key}'"
@@ -351,28 +376,10 @@ def upsert_embeddings(index: ProductIndex, embeddings: Path) -> int:
     theirs = loaded.manifest.parent("encoder")
     if theirs is not None:
         check_encoder(index, theirs.fingerprint)
-    index.upsert(loaded.ids, loaded.vectors, _attributes(loaded.metadata, index.key))
+    index.upsert(
+        loaded.ids, loaded.vectors, attributes_of(loaded.parts, loaded.metadata, loaded.ids)
+    )
     return len(loaded.ids)
-
-
-def _key_of(embeddings: Embeddings) -> str:
-    return "product_id" if embeddings.manifest.details["family"] == "products" else "content_id"
-
-
-def _attributes(metadata: pa.Table, key: str) -> pa.Table:
-    """The id, title, and a column an attribute, from the metadata of embeddings."""
-    linked = ["product_ids"] if "product_ids" in metadata.column_names else []
-    rows = [
-        {
-            key: row["id"],
-            "title": row["title"],
-            **json.loads(row["attributes"]),
-            **{name: row[name] for name in linked},
-        }
-        for row in metadata.to_pylist()
-    ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
 
 
 def _one_of(title: str | None, text: str | None) -> str | None:

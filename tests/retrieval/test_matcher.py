@@ -8,7 +8,7 @@ import pytest
 
 from mmrec import Matcher
 from mmrec.data.media import FrameConfig, read_video
-from mmrec.retrieval.embed import embed_shards
+from mmrec.retrieval.embed import embed_shards, read_embeddings
 from mmrec.retrieval.matcher import Match, Matches
 
 
@@ -21,9 +21,8 @@ def test_a_query_is_embedded_as_the_shards_are(
     matcher: Matcher, index: Path, tiny_shards: Path, tiny_tables: Path, tmp_path: Path
 ) -> None:
     """From the mp4 itself or through JPEGs in shards: nearly the same vector."""
-    stored = embed_shards(
-        index.parent / "train/encoder", tiny_shards, tmp_path / "test", split="test"
-    )
+    embed_shards(index.parent / "train/encoder", tiny_shards, tmp_path / "test", split="test")
+    stored = read_embeddings(tmp_path / "test")
     contents = {
         c["content_id"]: c for c in pq.read_table(tiny_tables / "contents.parquet").to_pylist()
     }
