@@ -28,6 +28,8 @@ _LOSSLESS = (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)
 # More vectors than this say no more of a mean error.
 _SAMPLE = 10_000
 _ROWS_AT_ONCE = 65_536
+# FAISS makes a table of distances for each row that a product quantizer encodes: 64 KB with 64 codes.
+ENCODED_AT_ONCE = 1_024
 
 
 def build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
@@ -232,10 +234,13 @@ def _decoded(base: Any, vectors: np.ndarray) -> np.ndarray | None:
         return None
     if isinstance(core, faiss.IndexHNSW):
         base = faiss.downcast_index(core.storage)
+    starts = range(0, len(vectors), ENCODED_AT_ONCE)
+    blocks = (vectors[start : start + ENCODED_AT_ONCE] for start in starts)
     try:
-        return base.sa_decode(base.sa_encode(vectors))
+        decoded = [base.sa_decode(base.sa_encode(block)) for block in blocks]
     except RuntimeError:
         return None
+    return np.concatenate([vectors[:0], *decoded])
 
 
 def _decodes_badly(core: Any) -> bool:

@@ -23,6 +23,7 @@ from jaxtyping import Float32, Int64, UInt64
 from mmrec.manifest import Manifest, Parent
 from mmrec.retrieval.base import narrowed, write_products
 from mmrec.retrieval.faiss_base import (
+    ENCODED_AT_ONCE,
     core_of,
     imbalance_of,
     keeps_rows_in_lists,
@@ -61,9 +62,11 @@ from mmrec.retrieval.parts import (
 # The type stubs that come with FAISS lack parts of it.
 _faiss: Any = faiss
 
-# Vectors as read, of unit length, narrowed, transformed and encoded; the sample and its copies as many again.
-_COPIES = 12
+# Half of the memory is for a stretch: vectors as read, of unit length, narrowed, encoded, sorted.
+# A sixth is for the sample, which is put together of pieces and so there twice.
+_STRETCHES, _SAMPLES = 24, 6
 _SMALLEST_STRETCH, _LARGEST_STRETCH = 1_024, 1_048_576
+_FLOAT_BYTES = 4
 # FAISS takes 256 vectors for each centroid, and a product quantizer has 256 of them.
 _FOR_EACH_CENTROID, _SMALLEST_SAMPLE = 256, 65_536
 
@@ -111,7 +114,7 @@ def build_from_parts(
     index = new_base(indexed, factory)
     with published_generation(out, overwrite=overwrite) as generation:
         survey = _survey(
-            parts, indexed, _sample_size(index, len(parts), rows_at_once), rows_at_once, seed
+            parts, indexed, _sample_size(index, len(parts), memory_bytes), rows_at_once, seed
         )
         with unfit_refused(factory, len(survey.sample)):
             index.train(survey.sample)
@@ -155,15 +158,16 @@ def _completed(parent: Parent, fingerprint: str) -> Parent:
 
 def _stretch(memory_bytes: int, width: int) -> int:
     """Rows read at once."""
-    fitting = memory_bytes // (_COPIES * width * np.dtype(np.float32).itemsize)
+    fitting = memory_bytes // (_STRETCHES * width * _FLOAT_BYTES)
     return int(np.clip(fitting, _SMALLEST_STRETCH, _LARGEST_STRETCH))
 
 
-def _sample_size(index: Any, count: int, rows_at_once: int) -> int:
+def _sample_size(index: Any, count: int, memory_bytes: int) -> int:
     """Rows to train on: what FAISS would take, cut to what memory and the catalogue have."""
+    fitting = memory_bytes // (_SAMPLES * index.d * _FLOAT_BYTES)
     lists = getattr(core_of(index), "nlist", 0)
     wanted = max(_SMALLEST_SAMPLE, _FOR_EACH_CENTROID * lists)
-    return min(wanted, 2 * rows_at_once, count)
+    return min(wanted, max(fitting, _SMALLEST_STRETCH), count)
 
 
 # --------------------------------------------------------------------------------------- first pass
@@ -349,7 +353,9 @@ def _spool(
     vectors = np.ascontiguousarray(vectors)
     numbers = index.quantizer.assign(vectors, 1)[:, 0]
     encoded = np.zeros((len(vectors), index.code_size), np.uint8)
-    index.encode_vectors(*(len(vectors), *map(faiss.swig_ptr, (vectors, numbers, encoded))))
+    for start in range(0, len(vectors), ENCODED_AT_ONCE):
+        own = [array[start : start + ENCODED_AT_ONCE] for array in (vectors, numbers, encoded)]
+        index.encode_vectors(*(len(own[0]), *map(faiss.swig_ptr, own)))
     order = np.argsort(numbers, kind="stable")
     codes.write(encoded[order].data)
     rows.write((order.astype(np.int64) + first).data)
