@@ -37,7 +37,7 @@ def embed(
     overwrite: bool = False,
     restart: bool = False,
 ) -> None:
-    """Encode shards into a folder of embeddings; `accelerate launch -m mmrec embed ...` takes several GPUs.
+    """Encode shards into a folder of embeddings; `accelerate launch -m mmrec.cli embed ...` takes several GPUs.
 
     A run that was killed goes on where it was when the same command is given again.
 
