@@ -37,9 +37,10 @@ def embed(
     overwrite: bool = False,
     restart: bool = False,
 ) -> None:
-    """Encode shards into a folder of embeddings; `accelerate launch -m mmrec.cli embed ...` takes several GPUs.
+    """Encode shards into a folder of embeddings.
 
-    A run that was killed goes on where it was when the same command is given again.
+    `accelerate launch -m mmrec.cli embed ...` takes several GPUs. A run that was killed goes on where it was
+    when the same command is given again.
 
     Args:
         encoder: An encoder's folder, such as runs/demo/train/encoder.
@@ -114,18 +115,19 @@ def index_build(
 
 
 @index_app.command(name="upsert")
-def index_upsert(*, index: Path, embeddings: Path) -> None:
+def index_upsert(*, index: Path, embeddings: Path, ids: str | None = None) -> None:
     """Add products to an index, or replace those that it has, while it serves.
 
     Args:
         index: The folder written by `mmrec index build`.
         embeddings: The folder written by `mmrec embed`, with the encoder that made the index.
+        ids: The column of the metadata that holds the ids, where mmrec did not write the embeddings.
     """
     from mmrec.retrieval.index import ProductIndex
     from mmrec.retrieval.matcher import upsert_embeddings
 
     with ProductIndex.load(index, device="cpu") as opened:
-        count = upsert_embeddings(opened, embeddings)
+        count = upsert_embeddings(opened, embeddings, ids=ids)
         print(f"upserted {count:,}; {index} holds {len(opened):,}")
         for advice in opened.status().advice:
             print(advice)

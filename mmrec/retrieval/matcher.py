@@ -362,12 +362,12 @@ def _ancestors(parts: Parts, out: Path) -> list[Parent]:
     ]
 
 
-def upsert_embeddings(index: ProductIndex, embeddings: Path) -> int:
+def upsert_embeddings(index: ProductIndex, embeddings: Path, *, ids: str | None = None) -> int:
     """Upsert a folder of embeddings with its attributes; returns how many there are.
 
-    Raises `UserError` when another encoder made them than made the index, or they are of the other side.
+    `ids` as in `build_index`. Raises `UserError` when another encoder made them than made the index, or they are of the other side.
     """
-    loaded = read_embeddings(embeddings)
+    loaded = read_embeddings(embeddings, ids=ids)
     if loaded.parts.key != index.key:
         family = loaded.manifest.details["family"]
         raise UserError(

@@ -240,6 +240,9 @@ def test_ours_opens_theirs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert index.search(vectors.astype(np.float32), 1).ids == [[name] for name in names(24)]
     found = index.search(vectors[:1].astype(np.float32), 24, where="price >= 20").ids[0]
     assert sorted(found) == names(24)[20:]
+    more = write_foreign(tmp_path / "more", ["new-1", "new-2"], vectors[:2], [2])
+    cli.index_upsert(index=tmp_path / "index", embeddings=more, ids="sku")
+    assert len(ProductIndex.load(tmp_path / "index", device="cpu")) == 26
     cli.inspect(tmp_path / "index")
     assert "has no manifest" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not say which encoder"):

@@ -166,8 +166,8 @@ def test_embeddings_of_another_encoder_are_refused(
         replace(p, fingerprint="f" * 16) if p.kind == "encoder" else p for p in manifest.parents
     ]
 
-    def read_as_of_another(folder: Path):
-        loaded = read_embeddings(folder)
+    def read_as_of_another(folder: Path, *, ids: str | None = None):
+        loaded = read_embeddings(folder, ids=ids)
         return replace(loaded, manifest=replace(loaded.manifest, parents=parents))
 
     monkeypatch.setattr(matcher, "read_embeddings", read_as_of_another)
