@@ -365,7 +365,8 @@ def _ancestors(parts: Parts, out: Path) -> list[Parent]:
 def upsert_embeddings(index: ProductIndex, embeddings: Path, *, ids: str | None = None) -> int:
     """Upsert a folder of embeddings with its attributes; returns how many there are.
 
-    `ids` as in `build_index`. Raises `UserError` when another encoder made them than made the index, or they are of the other side.
+    `ids` as in `build_index`. Raises `UserError` when another encoder made them than made the index, or
+    they are of the other side.
     """
     loaded = read_embeddings(embeddings, ids=ids)
     if loaded.parts.key != index.key:
