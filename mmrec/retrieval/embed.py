@@ -71,6 +71,7 @@ class EmbedSummary:
     first: bool
     """Whether this is the process that speaks for all."""
     seconds: float
+    """From the first batch to the end; the encoder was loaded before."""
 
     def line(self) -> str:
         """The summary as text."""
@@ -180,7 +181,6 @@ def embed_shards(
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError("expected --batch-size of at least 1 and --num-workers of at least 0")
-    started = time.monotonic()
     with distributed.launched_group():
         encoder = Encoder.load(encoder_folder, device=pick_device(device))
         width = width or encoder.width
@@ -213,6 +213,7 @@ def embed_shards(
             )
         )
         own = missing[distributed.rank() :: distributed.world_size()]
+        started = time.monotonic()
         made = embed_parts(
             encoder,
             reader,
