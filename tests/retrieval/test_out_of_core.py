@@ -195,10 +195,10 @@ print((peak() - before) * 1024)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("factory", ["Flat", "IVF64,Flat"])
 def test_a_build_takes_less_memory_than_the_vectors(factory: str, tmp_path: Path) -> None:
-    rows, width = 80_000, 512  # 164 MB as float32
+    rows, width = 200_000, 512  # 410 MB as float32
     vectors = unit_vectors(4_000, width=width)
     folder = write_foreign(
-        tmp_path / "embeddings", names(rows), np.tile(vectors, (20, 1)), [rows // 4] * 4
+        tmp_path / "embeddings", names(rows), np.tile(vectors, (50, 1)), [rows // 4] * 4
     )
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, folder, tmp_path / "index", factory, "40"],
@@ -208,8 +208,8 @@ def test_a_build_takes_less_memory_than_the_vectors(factory: str, tmp_path: Path
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # Half of what the vectors alone would take, ids and captions included.
-    assert int(done.stdout) < 80e6
+    # Half of what the vectors alone would take, with ids, captions, and what libraries take at first use.
+    assert int(done.stdout) < 200e6
     index = ProductIndex.load(tmp_path / "index", device="cpu")
     assert len(index) == rows
 
