@@ -50,13 +50,29 @@ def matching_rows(products: pa.Table, where: str) -> Bool[np.ndarray, " N"]:
     return selected
 
 
-def _refuse_queries(connection: Any, where: str) -> None:
-    """A query inside a condition could run for ever, and has no business there."""
+def parse_condition(where: str) -> dict[str, Any]:
+    """DuckDB's parsed tree of a condition: names are not looked up yet.
+
+    Raises `UserError` where there is no condition, or a query inside.
+    """
+    connection = duckdb.connect(":memory:", config=_SETTINGS)
+    try:
+        return _refuse_queries(connection, where)["statements"][0]["node"]["where_clause"]
+    except (duckdb.Error, LookupError) as error:
+        raise UserError(f"where {where!r}: {_reason(error)}") from None
+    finally:
+        connection.close()
+
+
+def _refuse_queries(connection: Any, where: str) -> dict[str, Any]:
+    """Parse a condition; a query inside could run for ever, and has no business there."""
     (text,) = connection.execute(
         "select json_serialize_sql(?::varchar)", [f"select 1 from products where ({where}\n)"]
     ).fetchall()[0]
-    if any(node.get("class") == "SUBQUERY" for node in _nodes(json.loads(text))):
+    parsed = json.loads(text)
+    if any(node.get("class") == "SUBQUERY" for node in _nodes(parsed)):
         raise duckdb.Error("a condition cannot hold a query of its own")
+    return parsed
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

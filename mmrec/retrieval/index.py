@@ -270,11 +270,13 @@ class ProductIndex:
 
     def attributes(self, product_id: str) -> dict[str, Any]:
         """A product's title and other columns. Raises `UserError` for an id that is not here."""
+        return self.attributes_of([product_id])[0]
+
+    def attributes_of(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """The same of several products, in the order of `ids`."""
         view = self._view
-        (row,) = _rows_of(view, [product_id])
-        columns = view.attributes(int(row))
-        del columns[self.key]
-        return columns
+        found = [view.attributes(row) for row in _rows_of(view, ids).tolist()]
+        return [{n: v for n, v in columns.items() if n != self.key} for columns in found]
 
     def vectors(self, ids: Sequence[str]) -> Float32[np.ndarray, "Q D"]:
         """The vectors of products, in the order of `ids`; approximate where the index compresses.
