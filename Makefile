@@ -37,12 +37,14 @@ format: $(INSTALLED)
 install: $(INSTALLED)
 
 # An old pip misreads the versions that faiss-gpu-cuvs asks for, so pip itself comes first.
+# milvus-lite asks for faiss-cpu, which would be written over the files of faiss-gpu-cuvs; it takes either.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmrec needs Python 3.11 or later")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned packages into $(VENV) (about 6 GB, some minutes)"
 	@$(BIN)/pip install --quiet --upgrade pip
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --constraint constraints.txt --no-deps milvus-lite
 	@touch $@
 
 clean:

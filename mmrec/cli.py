@@ -201,6 +201,32 @@ def index_verify(index: tyro.conf.Positional[Path]) -> None:
     print(f"{index}: generation {status.generation} and {status.changes:,} changes are whole")
 
 
+@index_app.command(name="push")
+def index_push(
+    *,
+    index: Path,
+    uri: str,
+    collection: str = "products",
+    kind: Literal["FLAT", "HNSW", "IVF_FLAT", "IVF_SQ8"] = "FLAT",
+) -> None:
+    """Move an index into a Milvus collection, for catalogues past one machine.
+
+    The collection takes its name, and the place of an earlier one, once all products are in it; run again, a
+    push that was broken off goes on. A token is read from the environment, as MILVUS_TOKEN.
+
+    Args:
+        index: The folder written by `mmrec index build`, of a kind that keeps vectors.
+        uri: Of a Milvus server, http://localhost:19530; or a path that ends in .db, for milvus-lite.
+        collection: The collection's name.
+        kind: Milvus's index type; FLAT is exact.
+    """
+    from mmrec.retrieval.milvus_push import push_index
+
+    done = push_index(index, uri, collection=collection, kind=kind, progress=sys.stderr.isatty())
+    before = f", {done.resumed:,} of them by an earlier push" if done.resumed else ""
+    print(f"pushed {done.products:,} products{before}: collection '{collection}' at {uri}")
+
+
 @shards_app.command(name="index")
 def shards_index(
     *,
@@ -271,7 +297,10 @@ def shards_index(
 @app.command
 def search(
     *,
-    index: Path,
+    index: Path | None = None,
+    backend: Literal["faiss", "milvus"] = "faiss",
+    uri: str | None = None,
+    collection: str = "products",
     video: str | None = None,
     images: tuple[str, ...] = (),
     text: str | None = None,
@@ -290,6 +319,9 @@ def search(
 
     Args:
         index: The folder written by `mmrec index build`.
+        backend: faiss for such a folder, milvus for what `mmrec index push` moved to a server.
+        uri: Where Milvus is, http://localhost:19530, or a path that ends in .db; instead of --index.
+        collection: The collection there.
         video: A video file or URL.
         images: Picture files or URLs, instead of a video.
         text: A title or a query in words, alone or beside the video or pictures.
@@ -307,20 +339,21 @@ def search(
     from json import dumps
 
     from mmrec.retrieval.batch import is_embeddings, match_embeddings, match_table
-    from mmrec.retrieval.index import ProductIndex
-    from mmrec.retrieval.matcher import Matcher
+    from mmrec.retrieval.matcher import Matcher, open_index
 
+    if (backend == "milvus") != (uri is not None) or (index is None) == (uri is None):
+        raise UserError("give --index FOLDER, or --backend milvus --uri URI")
     if (queries is None) != (out is None):
         raise UserError("--queries and --out go together")
     single = (video, text, like, *images)
     if queries and any(single):
         raise UserError("give --queries, or one query, not both")
     if queries and out and is_embeddings(queries):
-        opened = ProductIndex.load(index, device=device)
+        opened = open_index(index, uri=uri, collection=collection, device=device)
         counts = match_embeddings(opened, queries, out, k=k, where=where, rerank=rerank)
         print(f"{counts.matches:,} matches of {counts.queries:,} queries: {out}")
         return
-    matcher = Matcher.load(index, encoder=encoder, device=device)
+    matcher = Matcher.load(index, uri=uri, collection=collection, encoder=encoder, device=device)
     if queries and out:
         counts = match_table(matcher, queries, out, k=k, where=where, side=side, rerank=rerank)
         print(f"{counts.matches:,} matches of {counts.queries:,} queries: {out}")

@@ -18,8 +18,10 @@ from mmrec.retrieval.index import SearchResult
 class Status(Protocol):
     """What `mmrec index status` prints of an index."""
 
-    advice: list[str]
-    """What should be done, each with its reason."""
+    @property
+    def advice(self) -> list[str]:
+        """What should be done, each with its reason."""
+        ...
 
     def lines(self) -> list[str]:
         """The status as text."""

@@ -23,8 +23,8 @@ from mmrec.data.storage import media_address, place
 from mmrec.errors import UserError
 from mmrec.manifest import FILE_NAME
 from mmrec.model.encoder import Side
+from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import read_embeddings
-from mmrec.retrieval.index import ProductIndex
 from mmrec.retrieval.matcher import Matcher, check_encoder
 
 _EMBEDDED = 32
@@ -69,7 +69,7 @@ def match_table(
 
 
 def match_embeddings(
-    index: ProductIndex,
+    index: CatalogueIndex,
     embeddings: Path,
     out: Path,
     *,
@@ -143,7 +143,7 @@ def _pictures(matcher: Matcher, path: Path, row: dict[str, Any]) -> list[np.ndar
 
 
 def _write_matches(
-    index: ProductIndex,
+    index: CatalogueIndex,
     parts: Iterator[Queries],
     out: Path,
     *,

@@ -31,8 +31,10 @@ from mmrec.data.storage import Place, joined
 from mmrec.errors import MediaError, UserError
 from mmrec.manifest import Parent, find_parent, read_manifest, relative_path
 from mmrec.model.encoder import Encoder, Side
+from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import open_split, pick_device, read_embeddings
 from mmrec.retrieval.index import Device, ProductIndex
+from mmrec.retrieval.milvus import COLLECTION, MilvusIndex
 from mmrec.retrieval.out_of_core import build_from_parts, bytes_to_build
 from mmrec.retrieval.parts import Parts, attributes_of, open_parts
 
@@ -110,7 +112,7 @@ class Matcher:
     """An encoder beside the index that was built with it."""
 
     def __init__(
-        self, encoder: Encoder, index: ProductIndex, *, catalog: ShardReader | None = None
+        self, encoder: Encoder, index: CatalogueIndex, *, catalog: ShardReader | None = None
     ) -> None:
         """Join an encoder and an index; `catalog` supplies the pictures of what it holds.
 
@@ -127,23 +129,30 @@ class Matcher:
     @classmethod
     def load(
         cls,
-        index: Path | str,
+        index: Path | str | None = None,
         *,
+        uri: str | None = None,
+        collection: str = COLLECTION,
         encoder: Path | str | None = None,
         device: Device = "auto",
     ) -> "Matcher":
-        """Open an index folder, with its encoder found through the index's lineage or given by path.
+        """Open an index folder, or a collection in Milvus at `uri` that was pushed from one.
 
-        Raises `UserError` when either is missing or the two do not belong together.
+        The encoder is found through the index's lineage or given by path. Raises `UserError` when
+        either is missing or the two do not belong together.
         """
-        folder = Path(index)
-        opened = ProductIndex.load(folder, device=device)
-        if encoder is None:
-            encoder = _find_encoder(folder)
+        opened = open_index(index, uri=uri, collection=collection, device=device)
+        if isinstance(opened, MilvusIndex):
+            shards = opened.find_parent("shards")
+            encoder = encoder or _pushed_encoder(opened)
+        else:
+            folder = Path(index or "")
+            shards = find_parent(folder, "shards")
+            encoder = encoder or _find_encoder(folder)
         return cls(
             Encoder.load(encoder, device=pick_device(device)),
             opened,
-            catalog=_open_catalog(find_parent(folder, "shards"), opened),
+            catalog=_open_catalog(shards, opened),
         )
 
     def match(
@@ -194,7 +203,8 @@ class Matcher:
         pairs = zip(result.ids[0], result.scores[0], strict=False)
         others = [(found, score) for found, score in pairs if found != id_][:k]
         ids, scores = [found for found, _ in others], np.array([score for _, score in others])
-        return Matches(matches=self._matches(ids, scores), title=self._match(id_, 1.0).title)
+        title = self.index.attributes(id_).get("title")
+        return Matches(matches=self._matches(ids, scores), title=title)
 
     def embed(
         self, pictures: Sequence[np.ndarray], title: str | None, *, side: Side | None = None
@@ -241,7 +251,11 @@ class Matcher:
         return self._read(video, images)
 
     def _matches(self, ids: Sequence[str], scores: np.ndarray) -> list[Match]:
-        return [self._match(id_, float(score)) for id_, score in zip(ids, scores, strict=False)]
+        found = self.index.attributes_of(ids)
+        return [
+            self._match(id_, float(score), attributes)
+            for id_, score, attributes in zip(ids, scores, found, strict=False)
+        ]
 
     def _read(self, video: Source | None, images: Sequence[Source]) -> list[np.ndarray]:
         source = video
@@ -257,8 +271,7 @@ class Matcher:
             name = f"{len(source)} bytes" if isinstance(source, bytes) else source
             raise UserError(f"{name}: {error.reason}") from None
 
-    def _match(self, product_id: str, score: float) -> Match:
-        attributes = self.index.attributes(product_id)
+    def _match(self, product_id: str, score: float, attributes: dict[str, Any]) -> Match:
         title = attributes.pop("title", None)
         return Match(
             product_id=product_id,
@@ -277,7 +290,25 @@ class Matcher:
         return self._catalog.read(row, [name])[name] if name in self._catalog.names(row) else None
 
 
-def check_encoder(index: ProductIndex, fingerprint: str | None) -> None:
+def open_index(
+    index: Path | str | None = None,
+    *,
+    uri: str | None = None,
+    collection: str = COLLECTION,
+    device: Device = "auto",
+) -> ProductIndex | MilvusIndex:
+    """Open an index folder, or a collection in Milvus.
+
+    Raises `UserError` when neither or both are given, and when it cannot be opened.
+    """
+    if uri is not None and index is None:
+        return MilvusIndex.open(uri, collection)
+    if index is not None and uri is None:
+        return ProductIndex.load(index, device=device)
+    raise UserError("give an index folder, or the URI of Milvus, and not both")
+
+
+def check_encoder(index: CatalogueIndex, fingerprint: str | None) -> None:
     """Refuse an encoder that did not make what an index holds."""
     made_by = index.manifest.parent("encoder") if index.manifest else None
     if made_by is not None and made_by.fingerprint != fingerprint:
@@ -362,7 +393,7 @@ def _ancestors(parts: Parts, out: Path) -> list[Parent]:
     ]
 
 
-def upsert_embeddings(index: ProductIndex, embeddings: Path, *, ids: str | None = None) -> int:
+def upsert_embeddings(index: CatalogueIndex, embeddings: Path, *, ids: str | None = None) -> int:
     """Upsert a folder of embeddings with its attributes; returns how many there are.
 
     `ids` as in `build_index`. Raises `UserError` when another encoder made them than made the index, or
@@ -395,13 +426,25 @@ def _rows_by_id(reader: ShardReader) -> dict[str, int]:
     return {content_id: row for row, content_id in enumerate(reader.content_ids)}
 
 
-def _open_catalog(shards: Place | None, index: ProductIndex) -> ShardReader | None:
+def _open_catalog(shards: Place | None, index: CatalogueIndex) -> ShardReader | None:
     """The shards of what an index holds, for pictures; matches do without where they are gone."""
     split = index.manifest.details.get("split", "catalog") if index.manifest else "catalog"
     try:
         return open_split(shards, split) if shards else None
     except UserError:
         return None
+
+
+def _pushed_encoder(index: MilvusIndex) -> Path:
+    found = index.find_parent("encoder")
+    if isinstance(found, Path):
+        return found
+    record = index.manifest.parent("encoder") if index.manifest else None
+    where = f"{record.fingerprint}, then at {record.path}" if record else "unknown"
+    raise UserError(
+        f"collection '{index.collection}' was made with encoder {where}, which is not there now; give "
+        "it with --encoder"
+    )
 
 
 def _find_encoder(index: Path) -> Path:

@@ -189,3 +189,74 @@ def test_a_narrow_index_by_the_command_line(
     one, two = (matcher.match(text="a red mug", k=4) for matcher in (whole, narrow))
     assert [match.product_id for match in one] == [match.product_id for match in two]
     assert one[0].score == pytest.approx(two[0].score, abs=2e-3)
+
+
+@pytest.fixture
+def in_milvus(index: Path, tmp_path: Path) -> str:
+    """The index, pushed to a file of milvus-lite."""
+    pytest.importorskip("pymilvus", reason="Milvus is an extra: pip install 'mmrec[milvus]'")
+    pytest.importorskip("milvus_lite", reason="pip install --no-deps milvus-lite")
+    uri = str(tmp_path / "catalogue.db")
+    cli.index_push(index=index, uri=uri)
+    return uri
+
+
+def test_push_and_search_in_milvus(
+    index: Path,
+    in_milvus: str,
+    contents: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    products = len(ProductIndex.load(index))
+    cli.index_push(index=index, uri=in_milvus)  # Once more, in place of the first.
+    assert f"pushed {products} products: collection 'products' at" in capsys.readouterr().out
+    there = {"backend": "milvus", "uri": in_milvus}
+    where = "price < 30 or colour is null"
+    printed = []
+    for place in ({"index": index}, there):
+        cli.search(**place, text="a red mug", k=4, where=where, json=True)
+        printed.append(json.loads(capsys.readouterr().out)["matches"])
+    scores = [[match.pop("score") for match in matches] for matches in printed]
+    assert printed[0] == printed[1]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+    cli.search(**there, queries=contents, out=tmp_path / "matches.parquet", k=3)
+    right = ProductIndex.load(index).search(read_embeddings(contents).vectors, 3)
+    found = pq.read_table(tmp_path / "matches.parquet")["product_id"].to_pylist()
+    assert found == [id_ for row in right.ids for id_ in row]
+    matcher = Matcher.load(uri=in_milvus)
+    like = matcher.match_like(right.ids[0][0], k=2)
+    assert len(like) == 2
+    assert all(match.image for match in like)
+    for wrong in (
+        {"index": index, "backend": "milvus"},
+        {"uri": in_milvus},
+        {},
+        {**there, "index": index},
+    ):
+        with pytest.raises(UserError, match="give --index FOLDER, or --backend milvus --uri URI"):
+            cli.search(text="x", **wrong)
+    with pytest.raises(UserError, match="and not both"):
+        Matcher.load(index, uri=in_milvus)
+
+
+def test_a_foreign_or_lost_encoder_in_milvus(
+    index: Path, in_milvus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmrec.retrieval import matcher
+    from mmrec.retrieval.milvus import MilvusIndex
+
+    with MilvusIndex.open(in_milvus) as there:
+        assert matcher.upsert_embeddings(there, index.parent / "embeddings") == len(there)
+        manifest = there.manifest
+        assert manifest
+        there.manifest = replace(
+            manifest, parents=[replace(p, fingerprint="f" * 16) for p in manifest.parents]
+        )
+        with pytest.raises(UserError, match=f"built with encoder {'f' * 16}"):
+            matcher.upsert_embeddings(there, index.parent / "embeddings")
+    monkeypatch.setattr(MilvusIndex, "find_parent", lambda *_: None)
+    with pytest.raises(UserError, match="not there now; give it with --encoder"):
+        Matcher.load(uri=in_milvus)
+    matches = Matcher.load(uri=in_milvus, encoder=index.parent / "train/encoder").match(text="x")
+    assert all(match.image is None for match in matches)
