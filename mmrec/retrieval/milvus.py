@@ -4,8 +4,8 @@
     mmrec search --backend milvus --uri http://localhost:19530 --text "love this mug"
 
 The collection's properties hold what a folder's manifest does: the encoder's fingerprint, the lineage and the
-columns. A path that ends in .db is a file of milvus-lite, which answers within this process and keeps its
-index in memory: for trying out, not for serving.
+columns. A path that ends in .db is for milvus-lite, which answers within this process, and which one process
+alone can have open: for trying out, not for serving.
 
 Shape letters: Q queries, N products, K matches, D embedding width.
 """
@@ -151,9 +151,10 @@ class Server:
             )
         except (*self._failures, ValueError) as error:
             reason = _reason(error)
-            held = " (another process may have it open)" if self.lite else ""
+            # All that milvus-lite says of its lock is that it failed.
+            held = "; one process alone can have it open" if self.lite else ""
             raise UserError(
-                f"{uri}: no Milvus answers there{held}: {reason}; give --uri the address of a server, "
+                f"{uri}: no Milvus answers there ({reason}){held}; give --uri the address of a server, "
                 "such as http://localhost:19530, or a path that ends in .db"
             ) from None
 
