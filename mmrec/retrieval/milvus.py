@@ -14,6 +14,7 @@ import base64
 import json
 import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -140,7 +141,8 @@ class Server:
         # All log tracebacks beside what they raise; the last is milvus-lite's, for calls that it lacks.
         for name in ("pymilvus", "milvus_lite", "grpc._server"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self.uri = uri
+        # A password in it is for nobody's log.
+        self.uri = re.sub(r"//[^/@]*@", "//", uri)
         self._failures = (pymilvus.MilvusException, grpc.RpcError)
         self.lite = "://" not in uri
         if self.lite:
@@ -154,7 +156,7 @@ class Server:
             # All that milvus-lite says of its lock is that it failed.
             held = "; one process alone can have it open" if self.lite else ""
             raise UserError(
-                f"{uri}: no Milvus answers there ({reason}){held}; give --uri the address of a server, "
+                f"{self.uri}: no Milvus answers there ({reason}){held}; give --uri the address of a server, "
                 "such as http://localhost:19530, or a path that ends in .db"
             ) from None
 
@@ -220,8 +222,8 @@ class MilvusIndex:
         if facts is None:
             there = ", ".join(server.ask("list_collections")) or "none"
             raise UserError(
-                f"{uri}: has no collection '{collection}' (found: {there}); "
-                f"`mmrec index push --index INDEX --uri {uri} --collection {collection}` makes it"
+                f"{server.uri}: has no collection '{collection}' (found: {there}); "
+                f"`mmrec index push --index INDEX --uri {server.uri} --collection {collection}` makes it"
             )
         server.ask("load_collection", collection)
         return cls(server, collection, facts)
