@@ -50,18 +50,22 @@ def matching_rows(products: pa.Table, where: str) -> Bool[np.ndarray, " N"]:
     return selected
 
 
-def parse_condition(where: str) -> dict[str, Any]:
-    """DuckDB's parsed tree of a condition: names are not looked up yet.
+def parse_condition(where: str, schema: pa.Schema) -> dict[str, Any]:
+    """DuckDB's tree of a condition on columns of a schema.
 
-    Raises `UserError` where there is no condition, or a query inside.
+    Raises `UserError` as `matching_rows` does.
     """
+    products = schema.empty_table()
     connection = duckdb.connect(":memory:", config=_SETTINGS)
     try:
-        return _refuse_queries(connection, where)["statements"][0]["node"]["where_clause"]
-    except (duckdb.Error, LookupError) as error:
-        raise UserError(f"where {where!r}: {_reason(error)}") from None
+        parsed = _refuse_queries(connection, where)
+        connection.register("products", products)
+        connection.view("products").filter(where).fetchall()
+    except duckdb.Error as error:
+        raise UserError(f"where {where!r}: {_reason(error)}; {_columns(products)}") from None
     finally:
         connection.close()
+    return parsed["statements"][0]["node"]["where_clause"]
 
 
 def _refuse_queries(connection: Any, where: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmrec.errors import UserError
-from mmrec.retrieval.filters import matching_rows, parse_condition
+from mmrec.retrieval.filters import parse_condition
 
 Family = Literal["int", "float", "bool", "text", "other"]
 
@@ -84,8 +84,7 @@ def milvus_filter(where: str, columns: Sequence[Column]) -> str:
     Milvus cannot answer it as DuckDB would, with the reason.
     """
     schema = pa.schema([(column.name, column.type) for column in columns])
-    matching_rows(schema.empty_table(), where)
-    return _Translator(where, columns).translated(parse_condition(where), True)
+    return _Translator(where, columns).translated(parse_condition(where, schema), True)
 
 
 def quoted(text: str) -> str:
