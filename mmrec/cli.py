@@ -84,9 +84,19 @@ def index_build(
     rerank: bool = False,
     ids: str | None = None,
     memory_gb: float | None = None,
+    recall_target: float | None = None,
+    queries: Path | None = None,
+    memory_budget: str | None = None,
+    k: int = 10,
+    best_effort: bool = False,
+    tuning_sample: int = 100_000,
+    seed: int = 0,
     overwrite: bool = False,
 ) -> None:
     """Build an index from embeddings of the catalogue, or of contents.
+
+    With --recall-target kinds of index are measured, and the fastest that reaches the target within the
+    memory budget is taken; what was measured is printed, and stays as frontier.json and frontier.png.
 
     Args:
         embeddings: The folder written by `mmrec embed`, or by clip-retrieval's inference.
@@ -96,10 +106,33 @@ def index_build(
         rerank: Keep all components as float16, and score matches again by them.
         ids: The column of the metadata that holds the ids, where mmrec did not write the embeddings.
         memory_gb: Embeddings that do not fit are read a part at a time; left out, half of what is free.
+        recall_target: Choose the factory by measurement: the share of the true k nearest that searches find.
+        queries: What to measure with: embeddings of contents (mmrec embed --split val), or: catalogue.
+        memory_budget: The most that the index may take, attributes aside: 500MB, 4GB, 4GiB.
+        k: Matches that the recall target is about.
+        best_effort: Take what finds most where nothing reaches the target.
+        tuning_sample: A larger catalogue is measured on so many of its products; one is built on all.
+        seed: Draws that sample, and 2,048 of the queries.
         overwrite: Replace the index if it is there; readers go on with the one that they opened.
     """
+    from mmrec.retrieval.candidates import parse_bytes
     from mmrec.retrieval.matcher import build_index
+    from mmrec.retrieval.tuning import TuningGoal
 
+    goal = None
+    if recall_target is not None:
+        if factory != "Flat":
+            raise UserError("--recall-target chooses the factory; leave out --factory")
+        goal = TuningGoal(
+            recall_target=recall_target,
+            k=k,
+            memory_budget=parse_bytes(memory_budget) if memory_budget else None,
+            sample=tuning_sample,
+            best_effort=best_effort,
+            seed=seed,
+        )
+    elif queries or memory_budget or best_effort:
+        raise UserError("--queries, --memory-budget and --best-effort go with --recall-target")
     index = build_index(
         embeddings,
         out,
@@ -108,10 +141,12 @@ def index_build(
         rerank=rerank,
         ids=ids,
         memory_gb=memory_gb,
+        goal=goal,
+        queries=queries,
         overwrite=overwrite,
     )
     what = "products" if index.key == "product_id" else "contents"
-    print(f"indexed {len(index):,} {what}, {width or index.width} wide, as {factory}: {out}")
+    print(f"indexed {len(index):,} {what}, {width or index.width} wide, as {index.factory}: {out}")
 
 
 @index_app.command(name="upsert")

@@ -47,14 +47,18 @@ class IndexStatus:
     """Of the inverted lists when the base was built; 1 is even."""
     imbalance_now: float
     """The same with what was upserted since."""
+    search: dict[str, float]
+    """Search parameters that tuning chose; empty where nothing was tuned."""
     advice: list[str]
     """What should be done, each with its reason; empty when nothing should."""
 
     def lines(self) -> list[str]:
         """The status as text."""
+        tuned = ", ".join(f"{name} {value:g}" for name, value in self.search.items())
         drift = "none measured" if self.upserted_error is None else f"{self.upserted_error:.4f}"
         return [
             f"generation {self.generation}, factory {self.factory}",
+            *([f"search: {tuned}, by tuning"] if tuned else []),
             f"products: {self.products:,}",
             f"base: {self.base:,} rows, {self.tombstones:,} of them tombstones",
             f"delta: {self.delta:,} products in {self.changes:,} changes",
@@ -94,6 +98,7 @@ def status_of(
         upserted_error=error,
         imbalance=record.imbalance,
         imbalance_now=now,
+        search=record.search,
         advice=advice,
     )
 

@@ -23,7 +23,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,6 +67,8 @@ class Generation:
     files: dict[str, dict[str, Any]]
     """For each file its size in `bytes` and its `sha256`."""
     metric: str = "inner_product"
+    search: dict[str, float] = field(default_factory=dict)
+    """Search parameters that tuning chose; the FAISS file has them, too. Empty where nothing was tuned."""
 
     @property
     def fingerprint(self) -> str:

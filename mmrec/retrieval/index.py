@@ -8,7 +8,7 @@ no row leaves these modules: callers hand in product ids and get product ids.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -113,11 +113,41 @@ class ProductIndex:
         of unit length; for products without a row of attributes; and for a factory string that
         FAISS does not know, or that needs more vectors to train on.
         """
+        return cls.assemble(
+            ids,
+            vectors,
+            lambda indexed: (build_base(indexed, factory), factory, {}),
+            attributes=attributes,
+            indexed_width=indexed_width,
+            keep_vectors=keep_vectors,
+            rerank=rerank,
+            key=key,
+        )
+
+    @classmethod
+    def assemble(
+        cls,
+        ids: Sequence[str],
+        vectors: Float[np.ndarray, "N D"],
+        make: Callable[[Float32[np.ndarray, "N I"]], tuple[Any, str, dict[str, float]]],
+        *,
+        attributes: pa.Table | None = None,
+        indexed_width: int | None = None,
+        keep_vectors: bool = False,
+        rerank: bool = False,
+        key: str = "product_id",
+    ) -> "ProductIndex":
+        """Index vectors as `build` does, with a FAISS index of the caller's making.
+
+        `make` is handed the checked vectors at the indexed width and returns a FAISS index of inner
+        products that holds them in this order, its factory string, and the search parameters that were
+        chosen for it, if any.
+        """
         vectors = checked_vectors(ids, vectors)
         width = vectors.shape[1]
         indexed = checked_indexed(ids, vectors, indexed_width or width)
         products = joined_attributes(ids, attributes, key)
-        index = build_base(indexed, factory)
+        index, factory, search = make(indexed)
         record = Generation(
             factory=factory,
             width=width,
@@ -128,6 +158,7 @@ class ProductIndex:
             quantization_error=quantization_error(index, indexed) or 0.0,
             imbalance=imbalance_of(list_sizes(index)),
             files={},
+            search=search,
         )
         store = vectors.astype(np.float16) if keep_vectors or rerank else None
         return cls(base_in_memory(record, index, products, store))

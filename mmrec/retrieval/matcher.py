@@ -7,7 +7,7 @@ matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,16 @@ from mmrec.data.media import (
 from mmrec.data.shards import ShardReader, frame_name, image_name
 from mmrec.data.storage import Place, joined
 from mmrec.errors import MediaError, UserError
-from mmrec.manifest import Parent, find_parent, read_manifest, relative_path
+from mmrec.manifest import Parent, check_output, find_parent, read_manifest, relative_path
 from mmrec.model.encoder import Encoder, Side
 from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import open_split, pick_device, read_embeddings
+from mmrec.retrieval.frontier import Frontier, remove_frontier
 from mmrec.retrieval.index import Device, ProductIndex
 from mmrec.retrieval.milvus import COLLECTION, MilvusIndex
 from mmrec.retrieval.out_of_core import build_from_parts, bytes_to_build
 from mmrec.retrieval.parts import Parts, attributes_of, open_parts
+from mmrec.retrieval.tuning import TuningGoal, tuned_index
 
 if TYPE_CHECKING:
     import pandas
@@ -329,20 +331,31 @@ def build_index(
     ids: str | None = None,
     memory_gb: float | None = None,
     overwrite: bool = False,
+    goal: TuningGoal | None = None,
+    queries: Path | None = None,
+    report: Callable[[str], None] = print,
 ) -> ProductIndex:
     """Build and publish an index from a folder of embeddings, of products or of contents.
 
     The index remembers the encoder, and where the shards and their pictures lie. `width` indexes the
     leading components alone; `rerank` keeps all of them, and scores matches again by them. `ids` names
     the column of ids of embeddings that mmrec did not write. Embeddings that do not fit `memory_gb`, by
-    default half of what is free, are read a part at a time: see out_of_core.py. Raises `UserError` for a
-    factory that FAISS does not know, and for vectors that cannot be indexed.
+    default half of what is free, are read a part at a time: see out_of_core.py. With a `goal` the factory
+    is chosen by measurement with `queries`: see `tuned_index`. Raises `UserError` for a factory that
+    FAISS does not know, for vectors that cannot be indexed, and for a goal that nothing reaches.
     """
+    check_output(out, kind="index", overwrite=overwrite, inputs=[embeddings])
     parts = open_parts(embeddings, ids=ids)
-    config = {"factory": factory, "width": width, "rerank": rerank}
-    details = {"split": parts.manifest.config.get("split", "catalog")}
+    config: dict[str, Any] = {"factory": factory, "width": width, "rerank": rerank}
+    details: dict[str, Any] = {"split": parts.manifest.config.get("split", "catalog")}
     memory = int(memory_gb * 2**30) if memory_gb else psutil.virtual_memory().available // 2
     if bytes_to_build(parts) > memory:
+        if goal is not None:
+            raise UserError(
+                f"{embeddings}: takes {bytes_to_build(parts) / 2**30:.1f} GiB and may take "
+                f"{memory / 2**30:.1f}; tuning holds all of it: tune embeddings of some of the shards, and "
+                "build all with the --factory that was taken"
+            )
         build_from_parts(
             parts,
             out,
@@ -355,17 +368,34 @@ def build_index(
             details=details,
             overwrite=overwrite,
         )
+        remove_frontier(out)
         return ProductIndex.load(out, device="cpu")
     loaded = read_embeddings(embeddings, ids=ids)
-    index = ProductIndex.build(
-        loaded.ids,
-        loaded.vectors,
-        factory=factory,
-        attributes=attributes_of(parts, loaded.metadata, loaded.ids),
-        indexed_width=width,
-        rerank=rerank,
-        key=parts.key,
-    )
+    columns = attributes_of(parts, loaded.metadata, loaded.ids)
+    frontier: Frontier | None = None
+    if goal is not None:
+        index, frontier = tuned_index(
+            loaded,
+            goal,
+            queries,
+            attributes=columns,
+            indexed_width=width,
+            rerank=rerank,
+            key=parts.key,
+            report=report,
+        )
+        config |= {"factory": index.factory, "goal": asdict(goal)}
+        details["tuning"] = frontier.to_dict()
+    else:
+        index = ProductIndex.build(
+            loaded.ids,
+            loaded.vectors,
+            factory=factory,
+            attributes=columns,
+            indexed_width=width,
+            rerank=rerank,
+            key=parts.key,
+        )
     index.save(
         out,
         parents=_ancestors(replace(parts, manifest=loaded.manifest), out),
@@ -374,6 +404,9 @@ def build_index(
         details=details,
         overwrite=overwrite,
     )
+    remove_frontier(out)
+    if frontier is not None:
+        frontier.write(out)
     return index
 
 

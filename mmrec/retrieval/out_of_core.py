@@ -32,6 +32,7 @@ from mmrec.retrieval.faiss_base import (
     quantization_error,
     read_base,
     through,
+    train_base,
     unfit_refused,
 )
 from mmrec.retrieval.generations import (
@@ -117,7 +118,7 @@ def build_from_parts(
             parts, indexed, _sample_size(index, len(parts), memory_bytes), rows_at_once, seed
         )
         with unfit_refused(factory, len(survey.sample)):
-            index.train(survey.sample)
+            train_base(index, survey.sample)
         error = quantization_error(index, survey.sample) or 0.0
 
         def stretches() -> Iterator[Float32[np.ndarray, "M I"]]:

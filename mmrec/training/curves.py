@@ -1,6 +1,5 @@
 """A run's curves, for a person who watches it: a PNG in the run folder, and a line of text each."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,22 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw
 
-from mmrec.data.storage import write_bytes_whole
+from mmrec.drawing import (
+    COLORS,
+    INK,
+    LINE,
+    SOFT,
+    Number,
+    draw_line,
+    draw_text,
+    new_picture,
+    round_ticks,
+    short_number,
+    text_width,
+    write_picture,
+)
 
 Rows = Sequence[Mapping[str, Any]]
-Number = int | float
 
 _MEASURES = ("lr", "scale", "gradient_norm", "samples_per_s", "data_wait", "memory_gib", "mfu")
 _NOT_DRAWN = ("step", "epoch")
-_SCALE = 2
-"""Drawn at twice the size and shrunk: Pillow's own lines have steps."""
 _WIDTH, _HEIGHT, _COLUMNS = 600, 250, 2
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 20, 40, 34
 _MOST_POINTS = 400
-_PAPER, _INK, _SOFT, _LINE = "#ffffff", "#16181d", "#5b6270", "#e4e7ec"
-_COLORS = ("#2458c5", "#c0552b", "#12754a", "#8a3fa0", "#a07d00", "#3c8ea0")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -43,24 +50,22 @@ def draw_curves(rows: Rows, path: Path) -> None:
     if not panels:
         return
     height = _HEIGHT * math.ceil(len(panels) / _COLUMNS)
-    canvas = Image.new("RGB", (_WIDTH * _COLUMNS * _SCALE, height * _SCALE), _PAPER)
-    draw = ImageDraw.Draw(canvas)
+    canvas, draw = new_picture(_WIDTH * _COLUMNS, height)
     last = max(float(curve.steps[-1]) for curves in panels.values() for curve in curves)
     for number, (title, curves) in enumerate(panels.items()):
         row, column = divmod(number, _COLUMNS)
         _draw_panel(draw, title, curves, (column * _WIDTH, row * _HEIGHT), last_step=last)
-    stream = io.BytesIO()
-    canvas.resize((_WIDTH * _COLUMNS, height), Image.Resampling.LANCZOS).save(stream, "PNG")
-    write_bytes_whole(path, stream.getvalue())
+    write_picture(canvas, path)
 
 
 def summarize_curves(rows: Rows) -> list[str]:
     """Each loss, val metric and measure as a line of text: how it went, its first and last value."""
     curves = [curve for curves in _panels(rows).values() for curve in curves]
     width = max((len(curve.name) for curve in curves), default=0)
+    ends = [[short_number(curve.values[place]) for place in (0, -1)] for curve in curves]
     return [
-        f"{c.name:<{width}}  {sparkline(c.values)}  {_short(c.values[0])} -> {_short(c.values[-1])}"
-        for c in curves
+        f"{curve.name:<{width}}  {sparkline(curve.values)}  {first} -> {last}"
+        for curve, (first, last) in zip(curves, ends, strict=True)
     ]
 
 
@@ -131,21 +136,21 @@ def _draw_panel(
     right, bottom = corner[0] + _WIDTH - _RIGHT, corner[1] + _HEIGHT - _BOTTOM
     values = np.concatenate([curve.values for curve in curves])
     values = values[np.isfinite(values)]
-    ticks = _ticks(float(values.min()), float(values.max())) if len(values) else [0.0, 1.0]
+    ticks = round_ticks(float(values.min()), float(values.max())) if len(values) else [0.0, 1.0]
     for tick in ticks:
         y = bottom - (tick - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - top)
-        _line(draw, [(left, y), (right, y)], _LINE, 1)
-        _text(draw, (left - 8, y), _short(tick), 12, _SOFT, "rm")
+        draw_line(draw, [(left, y), (right, y)], LINE, 1)
+        draw_text(draw, (left - 8, y), short_number(tick), 12, SOFT, "rm")
     for step in (0, last_step / 2, last_step):
         x = left + (step / max(last_step, 1)) * (right - left)
-        _text(draw, (x, bottom + 14), f"{step:,.0f}", 12, _SOFT, "mm")
-    _text(draw, (left, top - 22), title, 15, _INK, "lm")
+        draw_text(draw, (x, bottom + 14), f"{step:,.0f}", 12, SOFT, "mm")
+    draw_text(draw, (left, top - 22), title, 15, INK, "lm")
     for number, curve in enumerate(curves):
-        color = _COLORS[number % len(_COLORS)]
+        color = COLORS[number % len(COLORS)]
         keep = np.isfinite(curve.values)
         x = left + curve.steps[keep] / max(last_step, 1) * (right - left)
         y = bottom - (curve.values[keep] - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - top)
-        _line(draw, list(zip(x, y, strict=True)), color, 2)
+        draw_line(draw, list(zip(x, y, strict=True)), color, 2)
     _draw_names(draw, curves, right, top - 22)
 
 
@@ -157,45 +162,5 @@ def _draw_names(
         return
     for number in reversed(range(len(curves))):
         name = curves[number].name.replace("_", " ")
-        _text(draw, (right, y), name, 12, _COLORS[number % len(_COLORS)], "rm")
-        right -= _font(12).getlength(name) / _SCALE + 14
-
-
-def _ticks(low: Number, high: Number) -> list[float]:
-    """Three to six round numbers that enclose a range."""
-    span = max(high - low, abs(high) * 1e-3, 1e-9)
-    raw = span / 4
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
-
-
-def _short(value: Number) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _line(
-    draw: ImageDraw.ImageDraw, points: list[tuple[Number, Number]], color: str, width: int
-) -> None:
-    scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
-    if len(scaled) == 1:
-        ((x, y),) = scaled
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=color)
-    draw.line(scaled, fill=color, width=width * _SCALE, joint="curve")
-
-
-def _text(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[Number, Number],
-    text: str,
-    size: int,
-    color: str,
-    anchor: str,
-) -> None:
-    scaled = (place[0] * _SCALE, place[1] * _SCALE)
-    draw.text(scaled, text, fill=color, font=_font(size), anchor=anchor)
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size * _SCALE)
+        draw_text(draw, (right, y), name, 12, COLORS[number % len(COLORS)], "rm")
+        right -= text_width(name, 12) + 14
