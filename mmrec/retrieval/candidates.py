@@ -68,14 +68,14 @@ def parse_bytes(text: str) -> int:
 
 
 def candidates_for(
-    count: int, width: int, *, budget: int | None = None, beside: float = KEY_BYTES
+    count: int, width: int, *, budget: int | None = None, beside: int = KEY_BYTES
 ) -> tuple[list[Candidate], list[LeftOut]]:
     """What to try for `count` vectors of a width, and what not to, with the reason.
 
     `budget` is in bytes for the whole index, `beside` what is kept for a product beside FAISS's file.
     A small catalogue stays flat where that fits.
     """
-    flat = Candidate(factory="Flat", bytes_per_vector=4 * width + beside, growth="linear")
+    flat = Candidate(factory="Flat", bytes_per_vector=float(4 * width + beside), growth="linear")
     if count < SMALL_CATALOGUE and (budget is None or flat.bytes_per_vector * count <= budget):
         reason = f"{count:,} products are few: comparing all of them is exact and fast"
         return [flat], [LeftOut(factory="all others", reason=reason)]
@@ -102,7 +102,7 @@ def _over_budget(candidate: Candidate, count: int, budget: int | None) -> LeftOu
     return LeftOut(factory=candidate.factory, reason=reason)
 
 
-def _listed(count: int, width: int, beside: float) -> list[list[Candidate]]:
+def _listed(count: int, width: int, beside: int) -> list[list[Candidate]]:
     """Inverted lists over vectors, bytes, product quantizers and RaBitQ; the last two refined."""
     lists = num_lists(count)
     # The lists' centres, shared out among the vectors.
@@ -117,8 +117,8 @@ def _listed(count: int, width: int, beside: float) -> list[list[Candidate]]:
         ]
 
     found = [
-        choice(f"IVF{lists},Flat", 4 * width, False),
-        choice(f"IVF{lists},SQ8", width, False),
+        choice(f"IVF{lists},Flat", 4.0 * width, False),
+        choice(f"IVF{lists},SQ8", 1.0 * width, False),
     ]
     rotation = 4 * width * width / count
     if width % 2 == 0:
@@ -134,10 +134,14 @@ def _listed(count: int, width: int, beside: float) -> list[list[Candidate]]:
 
 def _refinements(width: int) -> list[tuple[str, float]]:
     """Second stages, the best first, with their bytes a vector. Without one too little is found."""
-    return [(",Refine(SQfp16)", 2 * width), (",Refine(SQ8)", width), (",Refine(SQ4)", width / 2)]
+    return [
+        (",Refine(SQfp16)", 2.0 * width),
+        (",Refine(SQ8)", 1.0 * width),
+        (",Refine(SQ4)", 0.5 * width),
+    ]
 
 
-def _graphs(width: int, beside: float) -> list[list[Candidate]]:
+def _graphs(width: int, beside: int) -> list[list[Candidate]]:
     """HNSW over vectors and over scalar codes of them."""
     # Two times the links in the lowest layer, one in those above; where a row's links begin, and its layer.
     links = 4 * (2 * _LINKS + _LINKS / (_LINKS - 1)) + 12

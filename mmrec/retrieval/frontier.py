@@ -121,8 +121,8 @@ class Frontier:
             table.append(
                 f"measured on {self.sample:,} of {self.products:,}; ~ is extrapolated to all"
             )
-        short = "" if self.taken.reached else f", short of the target {self.recall_target}"
-        table.append(f"taken{short}: {self.taken.line(self.k)}")
+        found = "taken" if self.taken.reached else f"nothing reaches {self.recall_target}; the best"
+        table.append(f"{found}: {self.taken.line(self.k)}")
         table.append(
             "the clock decides among those that reach the target: another run may take another"
         )
@@ -223,7 +223,8 @@ class _Axes:
 def _axes(frontier: Frontier) -> _Axes:
     settings = [setting for one in frontier.measured for setting in one.settings]
     settings.append(frontier.taken.setting)
-    recalls = round_ticks(min(setting.recall for setting in settings), 1.0)
+    lowest = min(setting.recall for setting in settings)
+    recalls = round_ticks(min(lowest, frontier.recall_target), 1.0)
     powers = [_power(setting) for setting in settings]
     low = math.floor(min(powers))
     return _Axes(recalls, range(low, max(math.ceil(max(powers)), low + 1) + 1))
@@ -246,8 +247,7 @@ def _draw_axes(draw: ImageDraw.ImageDraw, axes: _Axes, frontier: Frontier) -> No
     for recall in axes.recalls:
         x, _ = axes.place(Setting(parameters={}, recall=recall, qps=1.0))
         draw_text(draw, (x, bottom + 14), short_number(recall), 12, SOFT, "mm")
-    target = max(frontier.recall_target, axes.recalls[0])
-    x, _ = axes.place(Setting(parameters={}, recall=target, qps=1.0))
+    x, _ = axes.place(Setting(parameters={}, recall=frontier.recall_target, qps=1.0))
     draw_line(draw, [(x, _TOP), (x, bottom)], SOFT, 1)
     title = f"queries a second over recall@{frontier.k}, {frontier.sample:,} products"
     draw_text(draw, (_LEFT, _TOP - 24), title, 15, INK, "lm")
