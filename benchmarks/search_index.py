@@ -1,4 +1,4 @@
-"""How fast an index answers, beside bare FAISS with the same factory, and hnswlib at equal recall.
+"""How fast an index answers, beside bare FAISS with the same factory, hnswlib at equal recall, and autofaiss.
 
     taskset -c 0-1 python benchmarks/search_index.py            # 1,000,000 x 256 and 100,000 x 512
     taskset -c 0-1 python benchmarks/search_index.py --quick    # 20,000 x 128: under a minute
@@ -9,12 +9,21 @@ Products and queries are drawn from two mixtures, as products and videos are emb
 one space. Our index is loaded from its folder, with string ids, 1% of its products deleted and 1% upserted
 since it was built; FAISS holds the same vectors in memory and returns rows. The two take turns, and ratios
 are medians of the rounds. FAISS's threads are as many as the cores. The last line is one JSON object.
+
+autofaiss (2.18.0) chooses an index and its parameters for a memory budget, with its own defaults, from the
+same vectors. It runs in a process of its own with its own FAISS, its pins (numpy below 2, pyarrow below 20)
+in a virtual environment under .peers/, made at the first call. Ours is tuned under the same budget to a
+recall a quarter nearer to one than autofaiss's; it is tuned with other queries of the same distribution than
+those that both are then measured with, turn by turn. Budgets are shares of the vectors' own bytes: one
+that lets everything in, and one that asks for compression, which --quick leaves out.
 """
 
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +36,24 @@ import numpy as np
 import tyro
 
 from mmrec.retrieval.index import ProductIndex
+from mmrec.retrieval.tuning import TuningGoal, exact_truth, recall_of, tuned_index
 
-BATCH, K = 256, 10
+BATCH, K, NUM_QUERIES = 256, 10, 2_048
 QPS_BAR, OVERHEAD_BAR_MS, HNSWLIB_BAR = 0.95, 0.3, 0.9
 CHANGED_SHARE = 0.01
 HNSW_LINKS, HNSW_CONSTRUCTION = 32, 40
+AUTOFAISS_BARS = (1.0, 1.5)
+"""Of recall and of QPS."""
+BUDGETS = (2.0, 0.4)
+"""Bytes of an index for each byte of float32 vectors."""
+PEER = Path(__file__).resolve().parents[1] / ".peers" / "autofaiss"
+PEER_REQUIREMENTS = """\
+autofaiss==2.18.0
+embedding-reader==1.8.1
+faiss-cpu==1.15.1
+numpy==1.26.4
+pyarrow==19.0.1
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +66,8 @@ class SearchIndexConfig:
     """Catalogues as products x width."""
     factories: tuple[str, ...] = ("Flat", "IVF{lists},Flat", "HNSW32")
     """FAISS factories; {lists} stands for four times the square root of the products."""
+    peers: tuple[str, ...] = ("faiss", "hnswlib", "autofaiss")
+    """Whom to measure beside."""
 
 
 def main(config: SearchIndexConfig) -> None:
@@ -57,10 +81,14 @@ def main(config: SearchIndexConfig) -> None:
     for size in sizes:
         count, width = (int(number) for number in size.split("x"))
         vectors, queries = catalogue(count, width)
-        for template in config.factories:
+        for template in config.factories if "faiss" in config.peers else ():
             factory = template.format(lists=4 * int(count**0.5))
             results += compare_with_faiss(vectors, queries, factory, size, rounds)
-        results += compare_with_hnswlib(vectors, queries, size, rounds, threads)
+        if "hnswlib" in config.peers:
+            results += compare_with_hnswlib(vectors, queries, size, rounds, threads)
+        if "autofaiss" in config.peers and (python := _autofaiss_python()):
+            for budget in BUDGETS[:1] if config.quick else BUDGETS:
+                results += compare_with_autofaiss(python, vectors, size, budget, rounds, threads)
     machine = (
         f"{platform.machine()}, {threads} of {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, FAISS {faiss.__version__}"
@@ -68,7 +96,9 @@ def main(config: SearchIndexConfig) -> None:
     print(json.dumps({"benchmark": "search_index", "machine": machine, "results": results}))
 
 
-def catalogue(count: int, width: int, num_queries: int = 2_048) -> tuple[np.ndarray, np.ndarray]:
+def catalogue(
+    count: int, width: int, num_queries: int = NUM_QUERIES
+) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors of products around a thousand centres, and of queries around the same ones moved.
 
     Every query is nearer to all other queries than to products, and its spread is wider: what a modality
@@ -181,6 +211,157 @@ def compare_with_hnswlib(
         f"{size} HNSW: recall@{K} {theirs:.3f} of hnswlib, {ours:.3f} ours; QPS ratio {ratio:.2f}"
     )
     return [_result(f"QPS of HNSW at recall@{K} {ours:.3f}, {size}", "hnswlib", ratio, HNSWLIB_BAR)]
+
+
+def compare_with_autofaiss(
+    python: Path, vectors: np.ndarray, size: str, share: float, rounds: int, threads: int
+) -> list[dict[str, Any]]:
+    """Recall and QPS of what each chooses under a budget of `share` times the vectors' bytes."""
+    count, width = vectors.shape
+    budget = int(share * vectors.nbytes)
+    same, both = catalogue(count, width, num_queries=2 * NUM_QUERIES)
+    assert np.array_equal(same, vectors)
+    del same
+    for_tuning, queries = both[:NUM_QUERIES], both[NUM_QUERIES:]
+    truth = exact_truth(vectors, queries, K)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Autofaiss(python, Path(folder), vectors, queries, budget, threads) as peer,
+    ):
+        theirs = recall_of(truth, peer.rows())
+        print(f"{size}, {budget / 1e6:,.0f} MB: autofaiss takes {peer.choice}, recall {theirs:.4f}")
+        goal = TuningGoal(
+            recall_target=theirs + (1 - theirs) / 4,
+            k=K,
+            memory_budget=budget,
+            best_effort=True,  # a recall that nothing reaches is a result, too
+        )
+        names = [str(row) for row in range(count)]
+        index, frontier = tuned_index(names, vectors, for_tuning, goal, report=print)
+        found = index.search(queries, K).ids
+        rows = np.array([[*map(int, row), *[-1] * (K - len(row))] for row in found])
+        ours = recall_of(truth, rows)
+        search = lambda part: index.search(part, K)  # noqa: E731
+        pairs = []
+        for _ in range(rounds):
+            pairs.append((peer.ask("batches"), _seconds(lambda: _batches(search, queries))))
+        ratio = statistics.median(pair[0] / pair[1] for pair in pairs)
+        alone = [_seconds(lambda row=row: search(queries[row : row + 1])) for row in range(200)]
+        print(
+            f"{size}, {budget / 1e6:,.0f} MB: recall@{K} {theirs:.4f} of autofaiss, {ours:.4f} ours "
+            f"({frontier.taken.factory}); queries/s "
+            f"{len(queries) / statistics.median(pair[0] for pair in pairs):,.0f} and "
+            f"{len(queries) / statistics.median(pair[1] for pair in pairs):,.0f}; single query "
+            f"p50 {1e3 * peer.ask('p50'):.3f} and {1e3 * np.quantile(alone, 0.5):.3f} ms, "
+            f"p99 {1e3 * peer.ask('p99'):.3f} and {1e3 * np.quantile(alone, 0.99):.3f} ms"
+        )
+        who = f"autofaiss {peer.choice}"
+    at = f"{size} in {budget / 1e6:,.0f} MB"
+    return [
+        _result(f"recall@{K}, {at}", who, ours / theirs, AUTOFAISS_BARS[0]),
+        _result(f"QPS in batches of {BATCH}, {at}", who, ratio, AUTOFAISS_BARS[1]),
+    ]
+
+
+class Autofaiss:
+    """A process that has built autofaiss's index, and searches it when asked."""
+
+    def __init__(
+        self,
+        python: Path,
+        folder: Path,
+        vectors: np.ndarray,
+        queries: np.ndarray,
+        budget: int,
+        threads: int,
+    ) -> None:
+        """Write vectors and queries, and wait until the index is built."""
+        (folder / "vectors").mkdir()
+        np.save(folder / "vectors" / "part.npy", vectors)
+        np.save(folder / "queries.npy", queries)
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [python, "-c", AUTOFAISS, folder, str(budget), str(threads), str(K), str(BATCH)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.choice = self._answer()
+        """The factory and parameters that it took."""
+
+    def __enter__(self) -> "Autofaiss":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate("")
+
+    def rows(self) -> np.ndarray:
+        """What it finds for the queries."""
+        return np.load(self._folder / "rows.npy")
+
+    def ask(self, what: str) -> float:
+        """Seconds: of all queries in `batches`, or the `p50` or `p99` of single ones."""
+        assert self._process.stdin
+        print(what, file=self._process.stdin, flush=True)
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("answer: "):
+                return line.removeprefix("answer: ").strip()
+        raise SystemExit("autofaiss ended; what it says is above")
+
+
+AUTOFAISS = """
+import sys, time
+import numpy as np
+import autofaiss
+folder, budget, threads, k, batch = sys.argv[1], *map(int, sys.argv[2:])
+queries = np.load(folder + "/queries.npy")
+index, infos = autofaiss.build_index(
+    embeddings=folder + "/vectors",
+    save_on_disk=False,
+    max_index_memory_usage=f"{budget / 1e6}MB",
+    current_memory_available=f"{max(32e9, 2 * budget) / 1e6}MB",
+    metric_type="ip",
+    nb_cores=threads,
+    verbose=40,
+)
+parts = [queries[start : start + batch] for start in range(0, len(queries), batch)]
+np.save(folder + "/rows.npy", np.concatenate([index.search(part, k)[1] for part in parts]))
+def seconds(part):
+    started = time.perf_counter()
+    index.search(part, k)
+    return time.perf_counter() - started
+print("answer:", infos["index_key"], infos["index_param"], flush=True)
+for line in sys.stdin:
+    if line.strip() == "batches":
+        found = sum(seconds(part) for part in parts)
+    else:
+        alone = [seconds(queries[row : row + 1]) for row in range(200)]
+        found = np.quantile(alone, float(line.strip()[1:]) / 100)
+    print("answer:", found, flush=True)
+"""
+
+
+def _autofaiss_python() -> Path | None:
+    """The Python of an environment that has autofaiss, made at the first call; None where it cannot be."""
+    python, made = PEER / "bin" / "python", PEER / "requirements.txt"
+    if made.is_file() and made.read_text() == PEER_REQUIREMENTS:
+        return python
+    print(f"making {PEER}", flush=True)
+    commands = [
+        [sys.executable, "-m", "venv", "--clear", PEER],
+        [python, "-m", "pip", "install", "--quiet", *PEER_REQUIREMENTS.split()],
+    ]
+    for command in commands:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            print(f"autofaiss cannot be installed: left out ({done.stderr.strip()[-300:]})")
+            return None
+    made.write_text(PEER_REQUIREMENTS)
+    return python
 
 
 def _recall(found: np.ndarray, exact: np.ndarray) -> float:

@@ -38,7 +38,7 @@ from mmrec.retrieval.index import Device, ProductIndex
 from mmrec.retrieval.milvus import COLLECTION, MilvusIndex
 from mmrec.retrieval.out_of_core import build_from_parts, bytes_to_build
 from mmrec.retrieval.parts import Parts, attributes_of, open_parts
-from mmrec.retrieval.tuning import TuningGoal, tuned_index
+from mmrec.retrieval.tuning import TuningGoal, check_goal, query_vectors, tuned_index
 
 if TYPE_CHECKING:
     import pandas
@@ -341,10 +341,12 @@ def build_index(
     leading components alone; `rerank` keeps all of them, and scores matches again by them. `ids` names
     the column of ids of embeddings that mmrec did not write. Embeddings that do not fit `memory_gb`, by
     default half of what is free, are read a part at a time: see out_of_core.py. With a `goal` the factory
-    is chosen by measurement with `queries`: see `tuned_index`. Raises `UserError` for a factory that
-    FAISS does not know, for vectors that cannot be indexed, and for a goal that nothing reaches.
+    is chosen by measurement with `queries`: see `tune` and `query_vectors`. Raises `UserError` for a
+    factory that FAISS does not know, for vectors that cannot be indexed, and for a goal out of reach.
     """
     check_output(out, kind="index", overwrite=overwrite, inputs=[embeddings])
+    if goal is not None:
+        check_goal(goal)
     parts = open_parts(embeddings, ids=ids)
     config: dict[str, Any] = {"factory": factory, "width": width, "rerank": rerank}
     details: dict[str, Any] = {"split": parts.manifest.config.get("split", "catalog")}
@@ -375,9 +377,10 @@ def build_index(
     frontier: Frontier | None = None
     if goal is not None:
         index, frontier = tuned_index(
-            loaded,
+            loaded.ids,
+            loaded.vectors,
+            query_vectors(loaded, queries, report),
             goal,
-            queries,
             attributes=columns,
             indexed_width=width,
             rerank=rerank,

@@ -136,8 +136,8 @@ def tune(
     """Measure candidates for unit-length vectors with the queries, and build the best on all of them.
 
     `indexed_width` and `rerank` are as in `ProductIndex.build`; recall is against exact search at full
-    width in any case. `report` gets a line for each step, and the table of all. Raises `UserError` when nothing fits the
-    budget, and, unless the goal says best effort, when nothing reaches the target.
+    width in any case. `report` gets a line for each step, and the table of all. Raises `UserError` when
+    nothing fits the budget, and, unless the goal says best effort, when nothing reaches the target.
     """
     check_goal(goal)
     task = _Task(
@@ -181,9 +181,10 @@ def tune(
 
 
 def tuned_index(
-    catalogue: Embeddings,
+    ids: Sequence[str],
+    vectors: Float32[np.ndarray, "N D"],
+    queries: Float32[np.ndarray, "Q D"],
     goal: TuningGoal,
-    queries: Path | None,
     *,
     attributes: pa.Table | None = None,
     indexed_width: int | None = None,
@@ -191,31 +192,18 @@ def tuned_index(
     key: str = "product_id",
     report: Report = lambda line: None,
 ) -> tuple[ProductIndex, Frontier]:
-    """Tune an index of embeddings for queries as they are embedded in another folder.
-
-    `queries` is a folder of embeddings of the other side (contents, for an index of products), or
-    `catalogue` for vectors of the catalogue itself. Raises `UserError` as `tune` does, and for queries
-    that are not there, of another encoder, or of the wrong side.
-    """
-    check_goal(goal)
-    asked = query_vectors(catalogue, queries, report)
+    """Build an index in memory as `ProductIndex.build` does, its factory and parameters chosen by `tune`."""
     frontiers: list[Frontier] = []
 
     def make(indexed: np.ndarray) -> tuple[Any, str, Parameters]:
-        tuned = tune(
-            np.ascontiguousarray(catalogue.vectors, np.float32),
-            asked,
-            goal,
-            indexed_width=indexed.shape[1],
-            rerank=rerank,
-            report=report,
-        )
+        width = indexed.shape[1]
+        tuned = tune(vectors, queries, goal, indexed_width=width, rerank=rerank, report=report)
         frontiers.append(tuned.frontier)
         return tuned.index, tuned.factory, tuned.parameters
 
     index = ProductIndex.assemble(
-        catalogue.ids,
-        catalogue.vectors,
+        ids,
+        vectors,
         make,
         attributes=attributes,
         indexed_width=indexed_width,
@@ -228,7 +216,12 @@ def tuned_index(
 def query_vectors(
     catalogue: Embeddings, queries: Path | None, report: Report
 ) -> Float32[np.ndarray, "Q D"]:
-    """The vectors to tune a catalogue's index with. Raises `UserError` where they would mislead."""
+    """The vectors to tune an index of embeddings with.
+
+    `queries` is a folder of embeddings of the other side (contents, for an index of products), or
+    `catalogue` for vectors of the catalogue itself. Raises `UserError` for none, and for those of another
+    encoder, width or side.
+    """
     family = catalogue.manifest.details["family"]
     other = "contents" if family == "products" else "products"
     if queries is None:
