@@ -76,7 +76,8 @@ def test_what_is_over_the_budget_is_left_out_with_the_reason() -> None:
     assert any("PQ" in c.factory and c.factory.endswith("Refine(SQ4)") for c in kept)
     assert any(name.endswith("Refine(SQ8)") for name in reasons)
     kept, _ = candidates_for(100_000, 64)
-    assert sum("PQ" in c.factory for c in kept) == 1
+    (coded,) = [c.factory for c in kept if "PQ" in c.factory]
+    assert coded.endswith("Refine(SQfp16)")
 
 
 def test_a_small_catalogue_stays_flat() -> None:
@@ -135,6 +136,20 @@ def test_the_sweep_finds_the_least_that_reaches_the_target(factory: str) -> None
         # To within a tenth.
         assert recall_at(int(value / 1.1) - 1) < 0.9
     assert len(settings) < 60
+
+
+def test_bisection_ends_within_a_tenth() -> None:
+    tried: list[int] = []
+
+    def measure(value: int) -> Setting:
+        tried.append(value)
+        return Setting(parameters={"nprobe": float(value)}, recall=value / 1000, qps=1.0)
+
+    found = tuning._least(measure, 1, 1000, 0.7, 0.0)
+    assert found
+    assert 700 <= found.parameters["nprobe"] <= 770
+    assert len(tried) < 20
+    assert tuning._least(measure, 1, 600, 0.7, 0.0) is None
 
 
 def test_a_target_out_of_reach_ends_the_sweep() -> None:
