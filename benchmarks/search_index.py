@@ -11,11 +11,12 @@ since it was built; FAISS holds the same vectors in memory and returns rows. The
 are medians of the rounds. FAISS's threads are as many as the cores. The last line is one JSON object.
 
 autofaiss (2.18.0) chooses an index and its parameters for a memory budget, with its own defaults, from the
-same vectors. It runs in a process of its own with its own FAISS, its pins (numpy below 2, pyarrow below 20, and
-FAISS 1.8, since with 1.15.1 its OPQ indexes end in a TypeError) in a virtual environment under .peers/, made at the first call. Ours is tuned under the same budget to a
-recall a quarter nearer to one than autofaiss's; it is tuned with other queries of the same distribution than
-those that both are then measured with, turn by turn. Budgets are shares of the vectors' own bytes: one
-that lets everything in, and one that asks for compression, which --quick leaves out.
+same vectors. It runs in a process of its own, its pins (numpy below 2, pyarrow below 20, and FAISS 1.8, since
+with 1.15.1 its OPQ indexes end in a TypeError) in a virtual environment under .peers/, made at the first
+call. Ours is tuned under the same budget to a recall a quarter nearer to one than autofaiss's; it is tuned
+with other queries of the same distribution than those that both are then measured with, turn by turn.
+Budgets are shares of the vectors' own bytes: one that lets everything in, and one that asks for
+compression, which --quick leaves out.
 """
 
 import json
