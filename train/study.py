@@ -66,7 +66,7 @@ class StudyConfig:
 # recipe. The small early pictures of the recipe are left out, since they would make epochs unequal.
 BASES: dict[Data, str] = {
     "demo": "demo",
-    "videos": "grocery-videos --epochs 30 --sampler.no-unique-products --augment.early-size None "
+    "videos": "grocery-videos --epochs 20 --sampler.no-unique-products --augment.early-size None "
     "--encoder.image-size 64 --encoder.num-frames 4",
 }
 SHARED = "--eval-every 1000000 --checkpoint-every 1000000 --num-workers 0 --cpu-threads 1"
@@ -106,9 +106,8 @@ QUESTIONS: dict[str, list[Arm]] = {
     ],
     "Objectives": [
         Arm(name="content-product alone", flags="--objectives.video-image 0", data=("demo",)),
-        Arm(name="with video-image", flags="--objectives.video-image 1", data=("videos",)),
         Arm(name="with title-title", flags="--objectives.title-title 1", data=("demo",)),
-        Arm(name="with image-title", flags="--objectives.image-title 1"),
+        Arm(name="with image-title", flags="--objectives.image-title 1", data=("demo",)),
     ],
     "Frames to a video": [Arm(name="attention pooling", flags="--encoder.pooling attention")],
     "Video and title to a content": [
@@ -119,12 +118,12 @@ QUESTIONS: dict[str, list[Arm]] = {
         Arm(name="half", flags="--augment.modality-dropout 0.5", data=("demo",)),
     ],
     "Augmentation": [
-        Arm(name="CutMix", flags="--augment.mix 0.5"),
-        Arm(name="averaged weights", flags="--ema 0.99"),
+        Arm(name="CutMix", flags="--augment.mix 0.5", data=("videos",)),
+        Arm(name="averaged weights", flags="--ema 0.99", data=("videos",)),
     ],
     "Mined negatives": [
         Arm(name="one a row", flags="", mined=1),
-        Arm(name="four a row", flags="", mined=4),
+        Arm(name="four a row", flags="", data=("demo",), mined=4),
     ],
 }
 
