@@ -91,7 +91,11 @@ QUESTIONS: dict[str, list[Arm]] = {
         Arm(name="sigmoid (SigLIP)", flags="--loss.kind sigmoid --encoder.start-bias -10"),
     ],
     "How batches are made": [
-        Arm(name="a product at most twice", flags="--sampler.max-rows-per-product 2"),
+        Arm(
+            name="a product at most twice",
+            flags="--sampler.max-rows-per-product 2",
+            data=("demo",),
+        ),
         Arm(name="a product at most once", flags="--sampler.max-rows-per-product 1"),
         Arm(name="a product shown once", flags="--sampler.unique-products"),
         Arm(
@@ -101,7 +105,7 @@ QUESTIONS: dict[str, list[Arm]] = {
         ),
     ],
     "Correction for popularity": [
-        Arm(name="logQ 0.5", flags="--loss.logq 0.5"),
+        Arm(name="logQ 0.5", flags="--loss.logq 0.5", data=("demo",)),
         Arm(name="logQ 1", flags="--loss.logq 1"),
     ],
     "Objectives": [
