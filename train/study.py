@@ -6,10 +6,13 @@ arm and seed, `results.json`, and `results.md`, the tables of train/README.md.
     python train/study.py --demo runs/demo/shards --videos runs/videos/shards --out runs/study
 
 Takes about two hours on 4 cores: as many trainings at once as there are cores, each on one thread. Broken
-off and started again, it goes on with the runs that are not finished; `--arms` and `--seeds` do a part.
+off and started again, it goes on with the runs that are not finished, or were made with other flags or
+shards; `--arms` and `--seeds` do a part.
 
 An arm's figure is its mean over seeds on the test split, by exact search. Its difference from its base is
-over the same seeds and queries; the interval resamples both (95%, percentile bootstrap).
+over the same seeds and queries; the interval resamples both (95%, percentile bootstrap). The difference on
+the val split stands beside it: what a recipe takes from this study is chosen by that one, so that the test
+split stays one that nothing was chosen by.
 """
 
 import json
@@ -38,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURE = "--measure"
 Data = Literal["demo", "videos"]
 METRICS = ("R@1", "R@5", "MRR")
+SPLITS: tuple[Literal["test", "val"], ...] = ("test", "val")
 VIEWS = {"content": "whole", "video": "video alone", "content_title": "title alone"}
 NUM_RESAMPLES = 2000
 
@@ -155,17 +159,38 @@ class Run:
         """The file that is written last: every query's figures."""
         return self.folder / "queries.npz"
 
+    @property
+    def record(self) -> Path:
+        """The file that says what the run was made from."""
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    def made_from(self) -> dict[str, Any]:
+        """What decides the run, but for the code."""
+        shards = read_manifest(self.shards, "shards").fingerprint
+        return {"flags": self._flags(), "mined": self.arm.mined, "shards": shards}
+
+    def is_done(self) -> bool:
+        """Whether it is there, from the same flags and shards."""
+        return (
+            self.measured.exists()
+            and self.record.exists()
+            and json.loads(self.record.read_text(encoding="utf-8")) == self.made_from()
+        )
+
     def go(self) -> None:
         """Train and measure, unless that is done."""
-        if self.measured.exists():
+        if self.is_done():
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         negatives = self._mine() if self.arm.mined else []
-        train = [*BASES[self.data].split(), *SHARED.split(), *self.arm.flags.split(), *negatives]
-        train += ["--seed", str(self.seed), "--sampler.seed", str(self.seed)]
-        train += ["--shards", str(self.shards), "--out", str(self.folder)]
+        train = [*self._flags(), *negatives, "--shards", self.shards, "--out", self.folder]
         execute([ROOT / "train/contrastive.py", *train], self.folder)
+        self.record.write_text(json.dumps(self.made_from()) + "\n", encoding="utf-8")
         execute([Path(__file__), MEASURE, self.folder, self.shards], self.folder)
+
+    def _flags(self) -> list[str]:
+        seeds = ["--seed", str(self.seed), "--sampler.seed", str(self.seed)]
+        return [*BASES[self.data].split(), *SHARED.split(), *self.arm.flags.split(), *seeds]
 
     def _mine(self) -> list[str]:
         table = self.folder.with_name(f"{self.folder.name}-negatives")
@@ -203,21 +228,23 @@ def execute(command: Sequence[Any], folder: Path) -> None:
 
 
 def measure(folder: Path, shards: Path) -> None:
-    """Write what every test query reached, with all of it and with one modality alone."""
+    """Write what every query of test and val reached, with all of it and with one modality alone."""
     from mmrec.model.encoder import Encoder
     from mmrec.retrieval.embed import embed_rows, embed_views
     from mmrec.retrieval.evaluation import Gallery
     from mmrec.retrieval.metrics import per_query, rank_relevant
 
     encoder = Encoder.load(folder / "encoder")
-    gallery = Gallery.open(shards, "test")
-    queries = embed_views(encoder, gallery.contents)
-    products = embed_rows(encoder, gallery.catalog)
     found = {}
-    for view in VIEWS:
-        if queries[view].any():  # A view that no content has is zero.
-            values = per_query(rank_relevant(queries[view], products, gallery.relevant))
-            found |= {f"{view} {metric}": values[metric] for metric in METRICS}
+    products = None
+    for split in SPLITS:
+        gallery = Gallery.open(shards, split)
+        queries = embed_views(encoder, gallery.contents)
+        products = embed_rows(encoder, gallery.catalog) if products is None else products
+        for view in VIEWS:
+            if queries[view].any():  # A view that no content has is zero.
+                values = per_query(rank_relevant(queries[view], products, gallery.relevant))
+                found |= {f"{split} {view} {metric}": values[metric] for metric in METRICS}
     with (folder / "queries.npz.part").open("wb") as file:
         np.savez(file, **found)
     (folder / "queries.npz.part").rename(folder / "queries.npz")
@@ -270,8 +297,8 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["data"] == data]
         if not mine:
             continue
-        views = [view for view in VIEWS if f"{view} R@1" in mine[0]]
-        head = ["arm", "R@1", "against base", "R@5", "MRR"]
+        views = [view for view in VIEWS if f"test {view} R@1" in mine[0]]
+        head = ["arm", "R@1", "against base", "the same on val", "R@5", "MRR"]
         head += [f"R@1, {VIEWS[view]}" for view in views[1:]]
         lines += [f"**{data}**", "", _line(head), _line(["---"] * len(head))]
         question = ""
@@ -285,16 +312,17 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any], views: Sequence[str]) -> list[str]:
-    first = row["content R@1"]
-    low, high = first["difference_interval"]
-    change = f"{first['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-    if row["arm"] == BASE.name:
-        change = ""
-    elif low > 0 or high < 0:
-        change = f"**{change}**"
-    cells = [row["arm"], f"{first['mean']:.3f}", change]
-    cells += [f"{row[f'content {metric}']['mean']:.3f}" for metric in METRICS[1:]]
-    return cells + [f"{row[f'{view} R@1']['mean']:.3f}" for view in views[1:]]
+    is_base = row["arm"] == BASE.name
+    cells = [row["arm"], f"{row['test content R@1']['mean']:.3f}"]
+    cells += ["" if is_base else _change(row[f"{split} content R@1"]) for split in SPLITS]
+    cells += [f"{row[f'test content {metric}']['mean']:.3f}" for metric in METRICS[1:]]
+    return cells + [f"{row[f'test {view} R@1']['mean']:.3f}" for view in views[1:]]
+
+
+def _change(figure: dict[str, Any]) -> str:
+    low, high = figure["difference_interval"]
+    change = f"{figure['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"**{change}**" if low > 0 or high < 0 else change
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -331,21 +359,29 @@ def main(config: StudyConfig) -> None:
     everything = [run for data, _, arm in pairs for run in runs_of(data, arm)]
     started = time.perf_counter()
     # Mining needs the base's encoders, so those come first.
+    failed: list[Run] = []
     for stage in (
         [run for run in everything if run.arm is BASE],
         [run for run in everything if run.arm is not BASE],
     ):
-        run_all(stage, config.jobs or len(os.sched_getaffinity(0)))
-    rows = [summarise(d, q, arm, runs_of(d, arm), runs_of(d, BASE)) for d, q, arm in pairs]
+        failed += run_all(stage, config.jobs or len(os.sched_getaffinity(0)))
+    rows = [
+        summarise(d, q, arm, runs_of(d, arm), runs_of(d, BASE))
+        for d, q, arm in pairs
+        if all(run.is_done() for each in (arm, BASE) for run in runs_of(d, each))
+    ]
     (config.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     (config.out / "results.md").write_text(to_markdown(rows), encoding="utf-8")
     print(to_markdown(rows))
     print(f"{len(everything)} runs; this call took {(time.perf_counter() - started) / 60:.0f} min")
+    if failed:
+        names = ", ".join(f"{run.data} {run.arm.name} {run.seed}" for run in failed)
+        raise UserError(f"{len(failed)} runs failed, and their arms are left out: {names}")
 
 
-def run_all(runs: Sequence[Run], jobs: int) -> None:
-    """Run trainings side by side, and say which are done; the first failure is raised after the rest."""
-    failed: UserError | None = None
+def run_all(runs: Sequence[Run], jobs: int) -> list[Run]:
+    """Run trainings side by side, say which are done, and return those that failed."""
+    failed = []
     with ThreadPoolExecutor(jobs) as pool:
         futures = [(run, pool.submit(run.go)) for run in runs]
         for number, (run, future) in enumerate(futures, 1):
@@ -353,14 +389,13 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
             try:
                 future.result()
             except UserError as error:
-                failed = failed or error
+                failed.append(run)
                 name += f": {error}"
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
             print(name, file=sys.stderr, flush=True)
-    if failed is not None:
-        raise failed
+    return failed
 
 
 if __name__ == "__main__":
