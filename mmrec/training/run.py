@@ -74,8 +74,12 @@ class RunFolder:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line cut short by a crash is left out."""
-    path = run / "metrics.jsonl"
+    """The lines of a run's metrics.jsonl."""
+    return read_json_lines(run / "metrics.jsonl")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file, one a line; a line cut short by a crash is left out, and no file has none."""
     if not path.is_file():
         return []
     rows = []

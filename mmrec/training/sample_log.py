@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrec.training.run import read_json_lines
+
 FILE_NAME = "samples.jsonl"
 
 
@@ -33,14 +35,5 @@ class SampleLog:
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's samples.jsonl; a line cut short by a crash is left out."""
-    path = run / FILE_NAME
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """The lines of a run's samples.jsonl."""
+    return read_json_lines(run / FILE_NAME)
