@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 from mmrec.data.media import decode_jpeg
 from mmrec.data.mixing import mix_rows
 from mmrec.data.negatives import HardNegatives
-from mmrec.data.sampler import RankBatches, Row
+from mmrec.data.sampler import RankBatches, Row, draw_some
 from mmrec.data.shards import ShardReader, frame_name, image_name, product_image_name
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -339,13 +339,6 @@ def spread_randomly(count: int, wanted: int, rng: np.random.Generator) -> list[i
         return list(range(count))
     edges = np.linspace(0, count, wanted + 1)
     return [int(i) for i in np.minimum(rng.uniform(edges[:-1], edges[1:]).astype(int), count - 1)]
-
-
-def draw_some(count: int, wanted: int, rng: np.random.Generator) -> list[int]:
-    """So many of `count` numbers at random, in order; all of them where there are fewer."""
-    if count <= wanted:
-        return list(range(count))
-    return sorted(rng.choice(count, wanted, replace=False).tolist())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmrec.data.catalog import Catalog
+from mmrec.data.sampler import draw_some
 from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
@@ -52,10 +53,8 @@ class HardNegatives:
 
     def draw(self, sample: int, rng: np.random.Generator) -> list[str]:
         """Some of a row's negatives, each with equal chance."""
-        known = list(self.products[sample])
-        if len(known) <= self.per_row:
-            return known
-        return [known[i] for i in sorted(rng.choice(len(known), self.per_row, replace=False))]
+        known = self.products[sample]
+        return [known[i] for i in draw_some(len(known), self.per_row, rng)]
 
 
 def write_negatives(

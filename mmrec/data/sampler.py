@@ -393,3 +393,10 @@ class RankBatches:
             plan = self._batches.epoch(number)
             for t in range(step if number == epoch else 0, len(plan)):
                 yield plan.rows(t, self._slice)
+
+
+def draw_some(count: int, wanted: int, rng: np.random.Generator) -> list[int]:
+    """So many of `count` numbers at random, in order; all of them where there are fewer."""
+    if count <= wanted:
+        return list(range(count))
+    return sorted(rng.choice(count, wanted, replace=False).tolist())

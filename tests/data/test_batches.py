@@ -16,7 +16,6 @@ from mmrec.data.batches import (
     RememberingTokenizer,
     View,
     collate_items,
-    draw_some,
     item_loader,
     normalise_pixels,
     number_products,
@@ -227,13 +226,6 @@ def test_titles_are_tokenised_once() -> None:
         assert torch.equal(remembering(texts), letters(texts))
     # The fourth title is one too many: all are let go, and those of its batch are asked for again.
     assert asked == ["a", "b", "c", "a", "d", "c"]
-
-
-def test_some_are_drawn_in_order() -> None:
-    rng = np.random.default_rng(0)
-    assert draw_some(3, 5, rng) == [0, 1, 2]
-    draws = {tuple(draw_some(4, 2, rng)) for _ in range(200)}
-    assert draws == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
 
 
 def test_sizes_of_epochs() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mmrec.data.sampler import GlobalBatches, RankBatches, Row, SamplerConfig
+from mmrec.data.sampler import GlobalBatches, RankBatches, Row, SamplerConfig, draw_some
 from mmrec.errors import UserError
 
 
@@ -353,3 +353,10 @@ def test_weights_that_do_not_fit_are_refused() -> None:
             weights=[[1.0]] * 100,
             source_sizes=[60, 30, 10],
         )
+
+
+def test_some_are_drawn_in_order() -> None:
+    rng = np.random.default_rng(0)
+    assert draw_some(3, 5, rng) == [0, 1, 2]
+    draws = {tuple(draw_some(4, 2, rng)) for _ in range(200)}
+    assert draws == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
