@@ -38,7 +38,7 @@ from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
 from mmrec.data.catalog import Catalog, attribute_groups
 from mmrec.data.negatives import check_negatives, read_negatives
-from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
+from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig, check_world_size
 from mmrec.data.shards import ShardReader, open_sources
 from mmrec.distributed import Agreement, broadcast_buffers, gather
 from mmrec.errors import UserError
@@ -387,11 +387,7 @@ def main(config: TrainConfig) -> None:
         # A batch may hold no title at all, and then the text tower has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if config.sampler.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--sampler.batch-size {config.sampler.batch_size} cannot be cut into "
-            f"{accelerator.num_processes} equal parts; give a multiple of the number of processes"
-        )
+    check_world_size(config.sampler.batch_size, accelerator.num_processes)
     check_sharding(
         accelerator, averaged=config.ema is not None, adapted=config.tuning.lora_rank > 0
     )

@@ -374,10 +374,7 @@ class RankBatches:
         start_step: int = 0,
     ) -> None:
         size = batches.config.batch_size
-        if size % world_size:
-            raise UserError(
-                f"a global batch of {size} rows cannot be cut into {world_size} equal parts"
-            )
+        check_world_size(size, world_size)
         self._batches = batches
         self._slice = slice(rank * size // world_size, (rank + 1) * size // world_size)
         self._start = (start_epoch, start_step)
@@ -393,6 +390,15 @@ class RankBatches:
             plan = self._batches.epoch(number)
             for t in range(step if number == epoch else 0, len(plan)):
                 yield plan.rows(t, self._slice)
+
+
+def check_world_size(batch_size: int, world_size: int) -> None:
+    """Raise `UserError` when ranks cannot have equal parts of a global batch."""
+    if batch_size % world_size:
+        raise UserError(
+            f"--sampler.batch-size {batch_size} cannot be cut into {world_size} equal parts; "
+            f"give a multiple of the number of processes"
+        )
 
 
 def draw_some(count: int, wanted: int, rng: np.random.Generator) -> list[int]:
