@@ -616,9 +616,9 @@ def main(config: TrainConfig) -> None:
             samples = batch.samples.clone()
             faults.add(losses, step=progress.step + 1, epoch=epoch, batch=place, samples=samples)
             if config.log_samples:
-                rows = gather(samples.to(accelerator.device)).tolist()
+                shown = gather(samples.to(accelerator.device)).tolist()
                 if sample_log:
-                    contents = [train.content_ids[i] for i in rows]
+                    contents = [train.content_ids[i] for i in shown]
                     sample_log.log(epoch=epoch, batch=place, contents=contents)
             of_ranks = accelerator.num_processes
             watch.add(len(batch) * of_ranks, flops.of_step(batch) * of_ranks if flops else 0.0)

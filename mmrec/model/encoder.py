@@ -83,8 +83,8 @@ class Encoder(nn.Module):
     `embed` is what an index wants; `forward` gives every view that the loss compares.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Float[Tensor, " 3"]
+    std: Float[Tensor, " 3"]
 
     def __init__(
         self,
@@ -124,12 +124,8 @@ class Encoder(nn.Module):
         self.logit_bias = None
         if config.start_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.start_bias))
-        self.register_buffer(
-            "mean", torch.tensor(self.pixels["mean"]).view(3, 1, 1) * 255, persistent=False
-        )
-        self.register_buffer(
-            "std", torch.tensor(self.pixels["std"]).view(3, 1, 1) * 255, persistent=False
-        )
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(self.pixels[name]) * 255, persistent=False)
         self.fingerprint: str | None = None
         """Set by `save` and `load`; None for an encoder that is not on disk."""
         self._tokenizer: Tokenizer | None = None
@@ -287,7 +283,7 @@ class Encoder(nn.Module):
 
     def normalise_pixels(self, images: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
         """Bytes to the floats that the image tower was trained on."""
-        return normalise_pixels(images, self.mean.flatten(), self.std.flatten())
+        return normalise_pixels(images, self.mean, self.std)
 
     def save(
         self, folder: Path | str, *, parents: list[Parent] | None = None, overwrite: bool = False
