@@ -318,6 +318,8 @@ def fingerprints_of_data(config: TrainConfig) -> str:
 class TrainingRows:
     """The training contents of all folders of shards, and the order of their rows."""
 
+    manifests: list[Manifest]
+    """Those of the folders; the folder of the validation split comes first."""
     reader: ShardReader
     numbers: dict[str, int]
     """A number for each product that is linked to."""
@@ -353,7 +355,7 @@ def open_training(config: TrainConfig) -> TrainingRows:
         source_sizes=sizes,
         groups=groups,
     )
-    return TrainingRows(train, numbers, products, weights, batches)
+    return TrainingRows(manifests, train, numbers, products, weights, batches)
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -404,7 +406,6 @@ def main(config: TrainConfig) -> None:
         )
 
     # --- data ----------------------------------------------------------------------------------
-    shards = read_manifest(config.shards, "shards")
     rows = open_training(config)
     train, numbers, batches = rows.reader, rows.numbers, rows.batches
     negatives = None
@@ -421,7 +422,7 @@ def main(config: TrainConfig) -> None:
         log_q = log_expected_columns(
             rows.products, rows.weights, num_products=len(numbers), sampler=config.sampler
         ).to(accelerator.device)
-    has_val = shards.details["splits"].get("val", {}).get("contents", 0) > 0
+    has_val = rows.manifests[0].details["splits"].get("val", {}).get("contents", 0) > 0
     gallery = Gallery.open(config.shards, "val") if has_val else None
     total_batches = config.epochs * batches.steps_per_epoch
     total_steps = total_batches // config.accumulation
@@ -449,10 +450,11 @@ def main(config: TrainConfig) -> None:
         accelerator.register_for_checkpointing(average)
     exported = average.module if average else encoder
 
-    progress = Progress(shards=fingerprints_of_data(config))
     if checkpoint:
         progress = read_progress(checkpoint)
         restore_checkpoint(accelerator, checkpoint, seed=config.seed)
+    else:
+        progress = Progress(shards=fingerprints_of_data(config))
     progress = replace(progress, world_size=accelerator.num_processes)
     run = None
     if accelerator.is_main_process:
