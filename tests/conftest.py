@@ -104,14 +104,19 @@ def trained(tiny_shards: Path) -> Path:
     return out
 
 
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
+def reset_accelerate() -> None:
     """Accelerate keeps its state in singletons; runs in one process start from none."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """The state of accelerate is reset after the test."""
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, load_program, run
+from small_runs import small_run
 
 from mmrec import cli
 from mmrec.errors import UserError
@@ -139,17 +140,8 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shards: Path, tmp_path: Path) -> None:
     program = load_program("train/contrastive.py")
-    config = replace(
-        program.RECIPES["demo"],
-        shards=tiny_shards,
-        out=tmp_path / "whole",
-        encoder=replace(program.RECIPES["demo"].encoder, image_size=32),
-        sampler=replace(program.RECIPES["demo"].sampler, batch_size=8),
-        epochs=3,
-        num_workers=0,
-        log_every=1,
-        checkpoint_every=2,
-        keep_checkpoints=99,
+    config = small_run(
+        tiny_shards, tmp_path / "whole", epochs=3, checkpoint_every=2, keep_checkpoints=99
     )
     program.main(config)
     # What a run that was killed after its second checkpoint leaves behind.
@@ -241,22 +233,14 @@ def test_training_starts_from_a_file_of_open_clip_weights(
 def test_options_work_together(tiny_shards: Path, tmp_path: Path) -> None:
     """Mixed precision, accumulation, every objective, separate towers, a cap, a tracker."""
     program = load_program("train/contrastive.py")
-    recipe = program.RECIPES["demo"]
-    objectives = program.Objectives(
-        video_image=1.0, title_title=0.5, video_title=0.5, image_title=0.5
-    )
-    config = replace(
-        recipe,
-        shards=tiny_shards,
-        out=tmp_path / "run",
-        encoder=replace(recipe.encoder, image_size=32, separate_towers=True),
-        sampler=replace(recipe.sampler, batch_size=6, max_rows_per_product=1),
-        objectives=objectives,
-        epochs=2,
+    config = small_run(
+        tiny_shards,
+        tmp_path / "run",
+        encoder={"separate_towers": True},
+        sampler={"batch_size": 6, "max_rows_per_product": 1},
+        objectives=dict(video_image=1.0, title_title=0.5, video_title=0.5, image_title=0.5),
         accumulation=2,
         mixed_precision="bf16",
-        num_workers=0,
-        log_every=1,
         eval_every=2,
         trackers=("tensorboard",),
     )
@@ -276,17 +260,12 @@ def test_training_on_distinct_products_and_small_pictures_first(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
     program = load_program("train/contrastive.py")
-    recipe = program.RECIPES["demo"]
-    config = replace(
-        recipe,
-        shards=tiny_shards,
-        out=tmp_path / "run",
-        encoder=replace(recipe.encoder, image_size=48),
-        sampler=replace(recipe.sampler, batch_size=14, unique_products=True),
-        augment=replace(recipe.augment, early_size=32, early_share=0.5),
-        epochs=2,
-        num_workers=0,
-        log_every=1,
+    config = small_run(
+        tiny_shards,
+        tmp_path / "run",
+        encoder={"image_size": 48},
+        sampler={"batch_size": 14, "unique_products": True},
+        augment={"early_size": 32, "early_share": 0.5},
     )
     program.main(config)
     steps = [row for row in read_metrics(config.out) if "loss" in row]
@@ -298,14 +277,11 @@ def test_training_on_distinct_products_and_small_pictures_first(
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_tower_of_one_size_refuses_small_pictures(tiny_shards: Path, tmp_path: Path) -> None:
     program = load_program("train/contrastive.py")
-    demo = program.RECIPES["demo"]
-    config = replace(
-        demo,
-        shards=tiny_shards,
-        out=tmp_path / "run",
-        encoder=replace(demo.encoder, towers="ViT-S-32-alt"),
-        sampler=replace(demo.sampler, batch_size=8),
-        augment=replace(demo.augment, early_size=64),
+    config = small_run(
+        tiny_shards,
+        tmp_path / "run",
+        encoder={"towers": "ViT-S-32-alt", "image_size": None},
+        augment={"early_size": 64},
     )
     with pytest.raises(UserError, match="ViT-S-32-alt cannot take pictures of that size"):
         program.main(config)
@@ -453,14 +429,9 @@ def test_settings_out_of_range_are_refused_before_any_work(
     changes: dict, message: str, tiny_shards: Path, tmp_path: Path
 ) -> None:
     program = load_program("train/contrastive.py")
-    demo = program.RECIPES["demo"]
-    sampler = replace(demo.sampler, batch_size=8)
-    recipe = replace(demo, shards=tiny_shards, out=tmp_path / "run", sampler=sampler)
-    for name, value in changes.items():
-        inner = replace(getattr(recipe, name), **value) if isinstance(value, dict) else value
-        recipe = replace(recipe, **{name: inner})
+    config = small_run(tiny_shards, tmp_path / "run", **changes)
     with pytest.raises(UserError, match=message):
-        program.main(recipe)
+        program.main(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import load_program
 from PIL import Image
 from servers import http_server
@@ -454,7 +453,7 @@ def test_a_folder_in_a_bucket_leads_back_to_local_tars(tars: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def train() -> Iterator[Callable[[Path, Path, int], None]]:
+def train(fresh_accelerate: None) -> Callable[[Path, Path, int], None]:
     """Train two steps of tiny towers, in this process: to start another takes longer than to train."""
     program = load_program("train/contrastive.py")
 
@@ -464,9 +463,7 @@ def train() -> Iterator[Callable[[Path, Path, int], None]]:
         program.main(program.parse(["demo", *paths.split(), *flags.split()]))
         assert read_manifest(out).counts["steps"] == 2
 
-    yield run_training
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    return run_training
 
 
 def test_training_embedding_and_evaluation_run_on_foreign_tars(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import load_program, run
+from conftest import load_program, reset_accelerate, run
+from small_runs import small_run
 
 from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
@@ -46,17 +46,11 @@ def config(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Six steps of eight rows, a checkpoint after each third, one process."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "towers.json").write_text(json.dumps(TOWERS))
-    recipe = load_program("train/contrastive.py").RECIPES["demo"]
-    return replace(
-        recipe,
-        shards=tiny_shards,
-        out=folder / "whole",
-        encoder=replace(recipe.encoder, towers=str(folder / "towers.json")),
-        sampler=replace(recipe.sampler, batch_size=8),
-        optimizer=replace(recipe.optimizer, learning_rate=1e-3),
-        epochs=2,
-        num_workers=0,
-        log_every=1,
+    return small_run(
+        tiny_shards,
+        folder / "whole",
+        encoder={"towers": str(folder / "towers.json")},
+        optimizer={"learning_rate": 1e-3},
         eval_every=6,
         checkpoint_every=3,
     )
@@ -64,8 +58,7 @@ def config(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def train_here(config: Any) -> None:
     load_program("train/contrastive.py").main(config)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

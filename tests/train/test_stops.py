@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, load_program
 from safetensors.torch import load_file
+from small_runs import small_run
 
 from mmrec.data.shards import open_shards
 from mmrec.errors import UserError
@@ -34,21 +35,10 @@ def program() -> ModuleType:
 
 
 @pytest.fixture
-def config(program: ModuleType, tiny_shards: Path, tmp_path: Path) -> Any:
+def config(tiny_shards: Path, tmp_path: Path) -> Any:
     """Six steps, evaluated after the third and the sixth."""
-    recipe = program.RECIPES["demo"]
-    return replace(
-        recipe,
-        shards=tiny_shards,
-        out=tmp_path / "run",
-        encoder=replace(recipe.encoder, image_size=32),
-        sampler=replace(recipe.sampler, batch_size=8),
-        epochs=2,
-        eval_every=3,
-        num_workers=0,
-        log_every=1,
-        checkpoint_every=2,
-        keep_checkpoints=99,
+    return small_run(
+        tiny_shards, tmp_path / "run", eval_every=3, checkpoint_every=2, keep_checkpoints=99
     )
 
 

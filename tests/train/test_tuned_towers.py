@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import load_program
 from safetensors.torch import load_file
+from small_runs import small_run
 from small_towers import small_encoder
 
 from mmrec import Matcher, cli
@@ -26,39 +25,17 @@ from mmrec.training.run import read_metrics
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in singletons; runs in one process start from none."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-def small_run(shards: Path, out: Path, **changes: Any) -> Any:
-    """The demo's recipe on a tiny catalogue, for two epochs of three steps."""
-    recipe = load_program("train/contrastive.py").RECIPES["demo"]
-    config = replace(
-        recipe,
-        shards=shards,
-        out=out,
-        encoder=replace(recipe.encoder, image_size=32),
-        sampler=replace(recipe.sampler, batch_size=8),
-        epochs=2,
-        num_workers=0,
-        cpu_threads=1,
-        log_every=1,
-    )
-    return replace(config, **changes)
-
-
 def test_an_averaged_run_resumes_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> None:
     program = load_program("train/contrastive.py")
-    config = small_run(tiny_shards, tmp_path / "whole", ema=0.9, checkpoint_every=2, eval_every=2)
-    config = replace(
-        config,
-        encoder=replace(config.encoder, pooling="attention", widths=(32, 64)),
-        optimizer=replace(config.optimizer, layer_decay=0.7),
-        tuning=TuningConfig(frozen_image_layers=1, checkpoint_towers=True),
+    config = small_run(
+        tiny_shards,
+        tmp_path / "whole",
+        ema=0.9,
+        encoder={"pooling": "attention", "widths": (32, 64)},
+        optimizer={"layer_decay": 0.7},
+        tuning={"frozen_image_layers": 1, "checkpoint_towers": True},
+        checkpoint_every=2,
+        eval_every=2,
         keep_checkpoints=99,
     )
     program.main(config)
@@ -147,12 +124,13 @@ def test_each_width_is_evaluated_embedded_and_searched(tiny_shards: Path, tmp_pa
 def test_adapters_train_and_leave_a_plain_encoder(tiny_shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="peft is an extra: pip install 'mmrec[lora]'")
     start = small_encoder(tmp_path)
-    config = small_run(tiny_shards, tmp_path / "run", ema=0.5)
-    config = replace(
-        config,
+    config = small_run(
+        tiny_shards,
+        tmp_path / "run",
+        ema=0.5,
         encoder=start.config,
-        tuning=TuningConfig(lora_rank=4, frozen_text_layers="all"),
-        optimizer=replace(config.optimizer, learning_rate=0.02),
+        tuning={"lora_rank": 4, "frozen_text_layers": "all"},
+        optimizer={"learning_rate": 0.02},
     )
     load_program("train/contrastive.py").main(config)
     steps = [row for row in read_metrics(config.out) if "loss" in row]
@@ -177,10 +155,7 @@ def test_adapters_train_and_leave_a_plain_encoder(tiny_shards: Path, tmp_path: P
 def test_what_cannot_work_is_refused_before_any_work(
     changes: dict[str, Any], message: str, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    config = small_run(tiny_shards, tmp_path / "run")
-    for name, value in changes.items():
-        inner = replace(getattr(config, name), **value) if isinstance(value, dict) else value
-        config = replace(config, **{name: inner})
+    config = small_run(tiny_shards, tmp_path / "run", **changes)
     with pytest.raises(UserError, match=message):
         load_program("train/contrastive.py").main(config)
     assert not (tmp_path / "run").exists()

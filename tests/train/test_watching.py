@@ -1,12 +1,12 @@
 """What a person watches: the bar, metrics.jsonl, a tracker, the picture, and the lines at the end."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import load_program
 from PIL import Image
+from small_runs import small_run
 
 from mmrec.training.run import read_metrics
 
@@ -18,21 +18,8 @@ def test_a_run_shows_how_it_goes(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     program = load_program("train/contrastive.py")
-    recipe = program.RECIPES["demo"]
     out = tmp_path / "run"
-    program.main(
-        replace(
-            recipe,
-            shards=tiny_shards,
-            out=out,
-            encoder=replace(recipe.encoder, image_size=32),
-            sampler=replace(recipe.sampler, batch_size=8),
-            epochs=1,
-            num_workers=0,
-            log_every=1,
-            trackers=("tensorboard",),
-        )
-    )
+    program.main(small_run(tiny_shards, out, epochs=1, trackers=("tensorboard",)))
     steps = [row for row in read_metrics(out) if "loss" in row]
     logged = {"step", "epoch", "loss", "content_product", "video_image", "gradient_norm", "lr"}
     logged |= {"scale", "samples_per_s", "data_wait", "memory_gib"}
