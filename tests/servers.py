@@ -140,20 +140,10 @@ def s3_server(log: Path) -> Iterator[str]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (
-        open(log, "wb") as output,
-        subprocess.Popen(command, stdout=output, stderr=output) as process,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        try:
-            _wait_for(f"{endpoint}/moto-api/", process, log)
-            for name, value in settings.items():
-                patch.setenv(name, value)
-            _make_bucket()
-            yield f"s3://{BUCKET}"
-        finally:
-            process.terminate()
+    command = ["moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _serving(command, ready=f"{endpoint}/moto-api/", settings=settings, log=log):
+        _make_bucket()
+        yield f"s3://{BUCKET}"
 
 
 @contextmanager
@@ -166,23 +156,39 @@ def gcs_server(log: Path) -> Iterator[str]:
     _skip_without("gcp_storage_emulator", "gcsfs")
     port = _free_port()
     endpoint = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "-H", "127.0.0.1"]
-    command += ["--port", str(port), "--in-memory", "--default-bucket", BUCKET]
+    settings = {
+        "STORAGE_EMULATOR_HOST": endpoint,
+        # Or gcsfs asks for the kind of the bucket by gRPC, which the emulator does not speak.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+    command = ["gcp_storage_emulator", "start", "-H", "127.0.0.1", "--port", str(port)]
+    command += ["--in-memory", "--default-bucket", BUCKET]
+    ready = f"{endpoint}/storage/v1/b/{BUCKET}"
+    with _serving(command, ready=ready, settings=settings, log=log):
+        _forget_gcs()
+        try:
+            yield f"gs://{BUCKET}"
+        finally:
+            _forget_gcs()
+
+
+@contextmanager
+def _serving(
+    command: list[str], *, ready: str, settings: dict[str, str], log: Path
+) -> Iterator[None]:
+    """Run a module in a process of its own; from when `ready` answers, the environment has the settings."""
     with (
         open(log, "wb") as output,
-        subprocess.Popen(command, stdout=output, stderr=output) as process,
+        subprocess.Popen([sys.executable, "-m", *command], stdout=output, stderr=output) as process,
         pytest.MonkeyPatch.context() as patch,
     ):
         try:
-            _wait_for(f"{endpoint}/storage/v1/b/{BUCKET}", process, log)
-            patch.setenv("STORAGE_EMULATOR_HOST", endpoint)
-            # Or gcsfs asks for the kind of the bucket by gRPC, which the emulator does not speak.
-            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-            _forget_gcs()
-            yield f"gs://{BUCKET}"
+            _wait_for(ready, process, log)
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            yield
         finally:
             process.terminate()
-            _forget_gcs()
 
 
 def _forget_gcs() -> None:

@@ -874,28 +874,45 @@ def test_a_ray_worker_is_killed_and_the_bytes_are_the_same(catalogue, local_ray,
 # Elsewhere than on this disk
 
 
+def files_at(url: str, folder: Path) -> dict[Path, bytes]:
+    """The files of a folder in a bucket, which are fetched into one on this disk."""
+    import fsspec
+
+    files = fsspec.filesystem(url.split(":")[0])
+    files.invalidate_cache()
+    files.get(f"{url}/", str(folder), recursive=True)
+    return files_of(folder)
+
+
+def make_in(bucket: str, catalogue: Catalogue, local: Path) -> Any:
+    """Tables and media in a bucket become the shards there that `local` holds; returns the config."""
+    import fsspec
+
+    _decoder.cache_clear()  # one that runs already does not know the server
+    files = fsspec.filesystem(bucket.split(":")[0])
+    files.put(f"{catalogue.folder}/", f"{bucket}/tables/", recursive=True)
+    config = replace(
+        config_for(catalogue, samples_per_shard=3),
+        tables=Path(f"{bucket}/tables"),
+        out=Path(f"{bucket}/made/shards"),
+    )
+    program.main(config)
+    assert files_at(f"{bucket}/made/shards", local.parent / "fetched") == files_of(local)
+    assert open_shards(f"{bucket}/made/shards", "contents", "train").shard_sizes == [3, 1]
+    with pytest.raises(UserError, match="already exists"):
+        program.main(replace(config, num_frames=2))
+    return config
+
+
 def test_tables_media_and_shards_on_s3(catalogue, tmp_path):
     local = make(catalogue, samples_per_shard=3)
     with s3_server(tmp_path / "s3.log") as bucket:
         import fsspec
 
-        _decoder.cache_clear()  # one that runs already does not know the server
         files = fsspec.filesystem("s3")
-        files.put(str(catalogue.folder), f"{bucket}/tables", recursive=True)
-        config = replace(
-            config_for(catalogue, samples_per_shard=3),
-            tables=Path(f"{bucket}/tables"),
-            out=Path(f"{bucket}/made/shards"),
-        )
-        program.main(config)
-        files.invalidate_cache()
-        files.get(f"{bucket}/made/shards/", str(tmp_path / "fetched"), recursive=True)
-        assert files_of(tmp_path / "fetched") == files_of(local)
+        config = make_in(bucket, catalogue, local)
         assert [name.split("/")[-1] for name in files.ls(f"{bucket}/made")] == ["shards"]
-        assert open_shards(f"{bucket}/made/shards", "contents", "train").shard_sizes == [3, 1]
         program.main(config)  # nothing to do
-        with pytest.raises(UserError, match="already exists"):
-            program.main(replace(config, num_frames=2))
 
         # Broken off after the first shard: it goes on, and ends with the same bytes.
         again = replace(config, out=Path(f"{bucket}/again"))
@@ -917,9 +934,7 @@ def test_tables_media_and_shards_on_s3(catalogue, tmp_path):
         # A tar that is not on record is not trusted.
         files.pipe_file(f"{bucket}/again/contents/val-000000.tar", b"not of this work")
         program.main(again)
-        files.invalidate_cache()
-        files.get(f"{bucket}/again/", str(tmp_path / "again"), recursive=True)
-        assert files_of(tmp_path / "again") == files_of(local)
+        assert files_at(f"{bucket}/again", tmp_path / "again") == files_of(local)
         assert [name.split("/")[-1] for name in files.ls(bucket)] == ["again", "made", "tables"]
 
 
@@ -966,10 +981,8 @@ def test_an_output_at_a_url_is_replaced_whole_whenever_it_is_killed(
             assert not files.exists(f"{out}/manifest.json")
             assert len(files.find(out)) > 5
             program.main(resumed)
-            files.invalidate_cache()
             fetched = tmp_path / f"{step.__name__}-{resumed.overwrite}-{resumed.restart}"
-            files.get(f"{out}/", str(fetched), recursive=True)
-            assert files_of(fetched) == files_of(local)
+            assert files_at(out, fetched) == files_of(local)
             assert not files.exists(f"{out}.unfinished")
             program._remove(program.place(out))
 
@@ -997,28 +1010,10 @@ def test_an_output_at_a_url_is_asked_for_again_before_it_is_removed(
 def test_tables_media_and_shards_on_google_cloud_storage(catalogue, tmp_path):
     local = make(catalogue, samples_per_shard=3)
     with gcs_server(tmp_path / "gcs.log") as bucket:
-        import fsspec
-
-        _decoder.cache_clear()  # one that runs already does not know the server
-        files = fsspec.filesystem("gs")
-        files.put(f"{catalogue.folder}/", f"{bucket}/tables/", recursive=True)
-        config = replace(
-            config_for(catalogue, samples_per_shard=3),
-            tables=Path(f"{bucket}/tables"),
-            out=Path(f"{bucket}/made/shards"),
-        )
-        program.main(config)
-        files.invalidate_cache()
-        files.get(f"{bucket}/made/shards/", str(tmp_path / "fetched"), recursive=True)
-        assert files_of(tmp_path / "fetched") == files_of(local)
-        assert open_shards(f"{bucket}/made/shards", "contents", "train").shard_sizes == [3, 1]
-        with pytest.raises(UserError, match="already exists"):
-            program.main(replace(config, num_frames=2))
+        config = make_in(bucket, catalogue, local)
         program.main(replace(config, overwrite=True, num_frames=2, samples_per_shard=4))
         expected = make(catalogue, num_frames=2, samples_per_shard=4, overwrite=True)
-        files.invalidate_cache()
-        files.get(f"{bucket}/made/shards/", str(tmp_path / "again"), recursive=True)
-        assert files_of(tmp_path / "again") == files_of(expected)
+        assert files_at(f"{bucket}/made/shards", tmp_path / "again") == files_of(expected)
 
 
 def test_tables_and_media_over_http(catalogue, tmp_path):
