@@ -31,6 +31,7 @@ import numpy as np
 import psutil
 import torch
 import tyro
+from peers import install_webdataset
 from PIL import Image
 
 from mmrec.data.batches import (
@@ -124,28 +125,10 @@ def _rate_of(name: str, folder: Path, num_images: int) -> float:
     # As train/contrastive.py sets it; it is open_clip's gain as well.
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
     if name == "open_clip":
-        environment["PYTHONPATH"] = str(_install_webdataset())
+        environment["PYTHONPATH"] = str(install_webdataset())
     command = [sys.executable, __file__, WORKER, name, str(folder), str(num_images)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return float(done.stdout.splitlines()[-1])
-
-
-def _install_webdataset() -> Path:
-    """The webdataset that open_clip's requirements-training.txt names."""
-    home = Path(__file__).resolve().parents[1] / ".peers" / "webdataset-0.2.86"
-    if not home.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(home),
-        ]
-        subprocess.run([*command, "webdataset==0.2.86"], check=True)
-    return home
 
 
 def _write_tars(folder: Path, *, num_tars: int, per_tar: int) -> list[Path]:

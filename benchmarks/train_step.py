@@ -42,6 +42,7 @@ import numpy as np
 import open_clip
 import torch
 import tyro
+from peers import install_webdataset
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -215,7 +216,7 @@ def _rate_of(name: str, setting: Setting) -> Rate:
     """Run one side in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if name == "open_clip":
-        environment["PYTHONPATH"] = os.pathsep.join([str(_install_webdataset()), str(ROOT)])
+        environment["PYTHONPATH"] = os.pathsep.join([str(install_webdataset()), str(ROOT)])
     told = json.dumps(vars(setting))
     done = subprocess.run(
         [sys.executable, __file__, WORKER, name, told],
@@ -227,15 +228,6 @@ def _rate_of(name: str, setting: Setting) -> Rate:
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     return Rate(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _install_webdataset() -> Path:
-    """The webdataset that open_clip's requirements-training.txt names."""
-    home = ROOT / ".peers" / "webdataset-0.2.86"
-    if not home.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-        subprocess.run([*command, str(home), "webdataset==0.2.86"], check=True)
-    return home
 
 
 def _write_small_config(folder: Path) -> str:

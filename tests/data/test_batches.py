@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_loader import letters, small_loader
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -19,18 +20,12 @@ from mmrec.data.batches import (
     item_loader,
     normalise_pixels,
     number_products,
-    pair_loader,
     spread,
     spread_randomly,
 )
 from mmrec.data.media import decode_jpeg
-from mmrec.data.sampler import GlobalBatches, RankBatches, Row, SamplerConfig
+from mmrec.data.sampler import Row
 from mmrec.data.shards import ShardReader, frame_name, open_shards
-
-
-def letters(texts: list[str]) -> torch.Tensor:
-    """A stand-in for a tokenizer: character codes, 6 a text."""
-    return torch.tensor([[ord(c) for c in text.ljust(6)[:6]] for text in texts])
 
 
 @pytest.fixture
@@ -79,22 +74,9 @@ def test_a_row_is_a_pure_function_of_seed_epoch_and_sample(train: ShardReader) -
 
 
 def test_workers_do_not_change_batches(train: ShardReader) -> None:
-    batches = GlobalBatches(
-        SamplerConfig(batch_size=6),
-        shard_sizes=train.shard_sizes,
-        products=[[0] * len(ids) for ids in train.product_ids],
-        weights=train.weights,
-    )
-    streams = []
-    for num_workers in (0, 2):
-        loader = pair_loader(
-            dataset(train),
-            RankBatches(batches, rank=0, world_size=1, num_epochs=2),
-            tokenizer=letters,
-            num_workers=num_workers,
-            pin_memory=False,
-        )
-        streams.append(list(loader))
+    streams = [
+        small_loader(dataset(train), train, batch_size=6, num_workers=workers) for workers in (0, 2)
+    ]
     for one, two in zip(*streams, strict=True):
         assert torch.equal(one.samples, two.samples)
         assert torch.equal(one.content.images, two.content.images)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_loader import small_loader
 
 from mmrec.data.batches import (
     AugmentConfig,
@@ -10,10 +11,8 @@ from mmrec.data.batches import (
     Preprocess,
     View,
     number_products,
-    pair_loader,
 )
 from mmrec.data.mixing import mix_rows
-from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig
 from mmrec.data.shards import ShardReader, open_shards
 
 
@@ -94,16 +93,9 @@ def test_batches_are_mixed_alike_by_any_workers_and_lose_their_titles(tiny_shard
 
 
 def _first_batch(reader: ShardReader, mix: float, workers: int):
-    numbers = number_products(reader.product_ids)
-    batches = GlobalBatches(
-        SamplerConfig(batch_size=4),
-        shard_sizes=reader.shard_sizes,
-        products=[[numbers[p] for p in ids] for ids in reader.product_ids],
-        weights=reader.weights,
-    )
     dataset = PairDataset(
         reader,
-        numbers,
+        number_products(reader.product_ids),
         preprocess=Preprocess(size=16),
         augment=AugmentConfig(mix=mix),
         num_frames=2,
@@ -111,14 +103,7 @@ def _first_batch(reader: ShardReader, mix: float, workers: int):
         num_epochs=1,
         seed=0,
     )
-    loader = pair_loader(
-        dataset,
-        RankBatches(batches, rank=0, world_size=1, num_epochs=1),
-        tokenizer=lambda texts: torch.zeros(len(texts), 3, dtype=torch.long),
-        num_workers=workers,
-        pin_memory=False,
-    )
-    return next(iter(loader))
+    return next(iter(small_loader(dataset, reader, batch_size=4, num_workers=workers)))
 
 
 def test_turning_and_erasing_leave_the_mean_behind() -> None:

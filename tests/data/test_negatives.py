@@ -8,18 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from small_loader import letters, small_loader
 from written_shards import write_shards
 
 from mmrec.data.batches import (
     AugmentConfig,
-    PairBatch,
     PairDataset,
     Preprocess,
     number_products,
-    pair_loader,
 )
 from mmrec.data.negatives import FILE_NAME, read_negatives, write_negatives
-from mmrec.data.sampler import GlobalBatches, RankBatches, Row, SamplerConfig
+from mmrec.data.sampler import Row
 from mmrec.data.shards import ShardReader, open_shards
 from mmrec.errors import UserError
 from mmrec.manifest import new_folder, parent_of
@@ -99,32 +98,11 @@ def test_negatives_leave_the_row_itself_as_it_is(
     assert all(picture.shape == (3, 32, 32) for n in mined.negatives for picture in n.pictures)
 
 
-def letters(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[ord(c) for c in text.ljust(12)[:12]] for text in texts])
-
-
-def batches_of(rows: PairDataset, train: ShardReader, num_workers: int) -> list[PairBatch]:
-    batches = GlobalBatches(
-        SamplerConfig(batch_size=6),
-        shard_sizes=train.shard_sizes,
-        products=[[0] * len(ids) for ids in train.product_ids],
-        weights=train.weights,
-    )
-    loader = pair_loader(
-        rows,
-        RankBatches(batches, rank=0, world_size=1, num_epochs=2),
-        tokenizer=letters,
-        num_workers=num_workers,
-        pin_memory=False,
-    )
-    return list(loader)
-
-
 def test_negatives_stand_behind_the_products_of_a_batch(
     train: ShardReader, shards: Path, table: Path
 ) -> None:
     rows = dataset(train, shards, table)
-    for batch in batches_of(rows, train, 0):
+    for batch in small_loader(rows, train, batch_size=6, num_workers=0):
         samples = batch.samples.tolist()
         assert len(batch) == len(batch.content) == 6
         assert len(batch.product) == 6 + 3
@@ -139,7 +117,8 @@ def test_negatives_stand_behind_the_products_of_a_batch(
 
 def test_workers_do_not_change_negatives(train: ShardReader, shards: Path, table: Path) -> None:
     rows = dataset(train, shards, table)
-    for one, two in zip(batches_of(rows, train, 0), batches_of(rows, train, 2), strict=True):
+    streams = [small_loader(rows, train, batch_size=6, num_workers=workers) for workers in (0, 2)]
+    for one, two in zip(*streams, strict=True):
         assert torch.equal(one.negative_number, two.negative_number)
         assert torch.equal(one.product.images, two.product.images)
 
