@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from forked_training import TrainingServer
 
 install_import_hook("mmrec", "beartype.beartype")
 
@@ -117,6 +121,15 @@ def fresh_accelerate() -> Iterator[None]:
     """The state of accelerate is reset after the test."""
     yield
     reset_accelerate()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator["TrainingServer"]:
+    """Starts training in forks of a process that has imported everything, once for all tests."""
+    from forked_training import TrainingServer
+
+    with TrainingServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,15 @@ from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 120
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualAttentionBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -82,13 +91,19 @@ class TrainingServer:
         log: Path,
         ranks: int = 1,
         fail_at: int | None = None,
+        sharded: bool = False,
     ) -> Run:
-        """Start train/contrastive.py with these arguments; batch `fail_at` raises in every rank."""
+        """Start train/contrastive.py with these arguments; batch `fail_at` raises in every rank.
+
+        With `sharded` the ranks, or one alone, train with FSDP2.
+        """
         port = _free_port()
         pids = []
         for rank in range(ranks):
             environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-            if ranks > 1:
+            if sharded:
+                environment |= FSDP
+            if ranks > 1 or sharded:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -99,6 +114,7 @@ class TrainingServer:
                         "environment": environment,
                         "log": str(_part(log, rank)),
                         "fail_at": fail_at,
+                        "sharded": sharded,
                     }
                 )
             )
@@ -156,6 +172,8 @@ def _run_job(program: Any, job: dict[str, Any]) -> None:
     os.environ |= job["environment"]
     status = 1
     try:
+        if job["sharded"]:
+            _shard_on_cpu()
         if job["fail_at"] is not None:
             _raise_at(program, job["fail_at"])
         program.main(program.parse(job["arguments"]))
@@ -165,6 +183,24 @@ def _run_job(program: Any, job: dict[str, Any]) -> None:
     log.with_suffix(".status").write_text(str(status))
     sys.stderr.flush()
     os._exit(status)
+
+
+def _shard_on_cpu() -> None:
+    """Accelerate leaves FSDP out where there is no GPU, though torch can do it over gloo: say otherwise."""
+    import accelerate.state
+    from accelerate.utils import DistributedType
+
+    plain = accelerate.state.AcceleratorState.__init__
+
+    def init(self: Any, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options)
+        if "fsdp_plugin" not in options:
+            return  # Only a look at the state that is there.
+        self.fsdp_plugin = options["fsdp_plugin"]
+        self.distributed_type = DistributedType.FSDP
+        accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    accelerate.state.AcceleratorState.__init__ = init
 
 
 def _raise_at(program: Any, number: int) -> None:

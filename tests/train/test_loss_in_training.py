@@ -1,11 +1,11 @@
 """The loss's options in a run of two ranks: what is learned, logged and saved."""
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import load_program, run
+from conftest import load_program
+from forked_training import TrainingServer
 
 from mmrec.model.encoder import Encoder
 from mmrec.training.run import read_metrics
@@ -17,18 +17,15 @@ LOSS = (
 )
 
 
-def test_two_ranks_learn_with_a_sigmoid(tiny_shards: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_with_a_sigmoid(
+    server: TrainingServer, tiny_shards: Path, tmp_path: Path
+) -> None:
     flags = (
         "--encoder.image-size 32 --sampler.batch-size 8 --epochs 2 --num-workers 0 --log-every 1"
     )
-    done = run(
-        Path(sys.executable).parent / "torchrun",
-        *["--nproc-per-node", "2", "--master-port", "29657", "train/contrastive.py", "demo"],
-        *("--shards", tiny_shards, "--out", tmp_path / "run", *flags.split(), *LOSS.split()),
-        OMP_NUM_THREADS="1",
-        ACCELERATE_USE_CPU="true",
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["demo", "--shards", tiny_shards, "--out", tmp_path / "run"]
+    run = server.start([*arguments, *flags.split(), *LOSS.split()], log=tmp_path / "log", ranks=2)
+    assert run.wait() == [0, 0], run.text()
     steps = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert len(steps) == 6
     assert all(math.isfinite(row["loss"]) for row in steps)

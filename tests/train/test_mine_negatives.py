@@ -1,7 +1,6 @@
 """train/mine_negatives.py beside a brute-force search, and training on what it wrote."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,30 +86,44 @@ def test_settings_out_of_range_are_refused(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "negatives").exists()
 
 
+def losses_of(
+    server: TrainingServer, folder: Path, out: Path, *options: str | Path, ranks: int = 1
+) -> list[float]:
+    """Train for four steps; the loss of each."""
+    flags = "--encoder.image-size 32 --sampler.batch-size 8 --epochs 2 --log-every 1"
+    arguments = ["demo", "--shards", folder / "shards", "--out", out]
+    arguments += ["--encoder.towers", folder / "vit.json", *flags.split()]
+    arguments += ["--num-workers", "0", "--cpu-threads", "1", *options]
+    run = server.start(arguments, ranks=ranks, log=out.with_suffix(".log"))
+    assert run.wait() == [0] * ranks, run.text()
+    return [row["loss"] for row in read_metrics(out) if "loss" in row]
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[TrainingServer]:
-    with TrainingServer() as server:
-        yield server
+def table(folder: Path) -> Path:
+    return mine(folder, folder / "negatives", num_negatives=3, margin=0.0)
+
+
+@pytest.fixture(scope="module")
+def plain(server: TrainingServer, folder: Path) -> list[float]:
+    """The losses of a run without hard negatives."""
+    return losses_of(server, folder, folder / "plain")
 
 
 @pytest.mark.parametrize("share", ["--share-negatives", "--no-share-negatives"])
 def test_two_ranks_train_on_a_table_as_one_does(
-    server: TrainingServer, folder: Path, tmp_path: Path, share: str
+    server: TrainingServer,
+    folder: Path,
+    table: Path,
+    plain: list[float],
+    tmp_path: Path,
+    share: str,
 ) -> None:
     """Also with a cache, and unlike training without the table."""
-    table = mine(folder, tmp_path / "negatives", num_negatives=3, margin=0.0)
     mined = ["--negatives", table, "--num-negatives", "2", share]
     cache = ["--cache.frames", "3", "--cache.images", "4", "--cache.texts", "5"]
-    losses = []
-    for name, ranks, options in (("plain", 1, []), ("one", 1, mined), ("two", 2, [*mined, *cache])):
-        flags = "--encoder.image-size 32 --sampler.batch-size 8 --epochs 2 --log-every 1"
-        arguments = ["demo", "--shards", folder / "shards", "--out", tmp_path / name]
-        arguments += ["--encoder.towers", folder / "vit.json", *flags.split()]
-        arguments += ["--num-workers", "0", "--cpu-threads", "1", *options]
-        run = server.start(arguments, ranks=ranks, log=tmp_path / f"log-{name}")
-        assert run.wait() == [0] * ranks, run.text()
-        losses.append([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row])
-    plain, one, two = losses
+    one = losses_of(server, folder, tmp_path / "one", *mined)
+    two = losses_of(server, folder, tmp_path / "two", *mined, *cache, ranks=2)
     assert len(one) == 4
     assert two == pytest.approx(one, rel=2e-4)
     # More columns that are no positives: the same first step has a larger loss.

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import load_program, reset_accelerate, run
+from forked_training import TrainingServer
 from small_runs import small_run
 
 from mmrec.errors import UserError
@@ -28,16 +28,6 @@ TOWERS = {
         "heads": 2,
         "layers": 1,
     },
-}
-FSDP = {
-    "FSDP_ON_CPU": "1",
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResidualAttentionBlock",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 
 
@@ -68,22 +58,12 @@ def whole(config: Any) -> Path:
     return config.out
 
 
-def train_on_ranks(
-    config: Any, out: Path, num_ranks: int, *flags: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the same config by torchrun."""
+def config_of(out: Path, config: Any) -> Path:
+    """A file that a run into another folder is started from."""
+    raw = json.loads((config.out / "config.json").read_text())
     file = out.with_suffix(".json")
-    file.write_text(
-        json.dumps(json.loads((config.out / "config.json").read_text()) | {"out": str(out)})
-    )
-    return run(
-        Path(sys.executable).parent / "torchrun",
-        *("--standalone", "--nproc-per-node", str(num_ranks)),
-        *(Path(__file__).with_name("contrastive_on_ranks.py"), file, *flags),
-        OMP_NUM_THREADS="1",
-        ACCELERATE_USE_CPU="true",
-        **environment,
-    )
+    file.write_text(json.dumps(raw | {"out": str(out)}))
+    return file
 
 
 def losses_of(run: Path) -> list[tuple[float, float, float]]:
@@ -109,7 +89,14 @@ def test_two_ranks_agree_to_stop_and_one_goes_on_where_they_were(
     config: Any, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = config.out.with_name("stopped")
-    done = train_on_ranks(config, out, 2, STOP_RANK="1")
+    done = run(
+        Path(sys.executable).parent / "torchrun",
+        *("--standalone", "--nproc-per-node", "2"),
+        *(Path(__file__).with_name("contrastive_on_ranks.py"), config_of(out, config)),
+        OMP_NUM_THREADS="1",
+        ACCELERATE_USE_CPU="true",
+        STOP_RANK="1",
+    )
     assert "stopped by SIGTERM" in done.stderr, done.stderr
     assert "exitcode  : 143" in done.stderr
     assert [path.name for path in list_checkpoints(out)] == ["step-00000003"]
@@ -120,19 +107,20 @@ def test_two_ranks_agree_to_stop_and_one_goes_on_where_they_were(
 
 
 def test_fsdp2_trains_exports_and_resumes_on_another_number_of_ranks(
-    config: Any, whole: Path
+    server: TrainingServer, config: Any, whole: Path
 ) -> None:
     out = config.out.with_name("sharded")
-    done = train_on_ranks(config, out, 2, **FSDP)
-    assert done.returncode == 0, done.stderr
+    file, log = config_of(out, config), config.out.with_name("sharded-log")
+    ranks = server.start([file], log=log, ranks=2, sharded=True)
+    assert ranks.wait() == [0, 0], ranks.text()
     assert_same_training(out, whole)
     sizes = [path.stat().st_size for path in list_checkpoints(out)[-1].rglob("*.distcp")]
     assert len(sizes) == 4  # Weights and optimizer, a part for each rank,
     assert max(sizes[:2]) < 0.6 * sum(sizes[:2])  # of about half.
     shutil.rmtree(list_checkpoints(out)[-1])
     shutil.rmtree(out / "encoder")
-    done = train_on_ranks(config, out, 1, "--resume", **FSDP)
-    assert done.returncode == 0, done.stderr
+    rank = server.start([file, "--resume"], log=log, sharded=True)
+    assert rank.wait() == [0], rank.text()
     assert_same_training(out, whole)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, load_program
+from conftest import ROOT, load_program, reset_accelerate
 from safetensors.torch import load_file
 from small_runs import small_run
 
@@ -28,8 +28,10 @@ from mmrec.training.run import read_metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
+SAVES = {"eval_every": 3, "checkpoint_every": 2, "keep_checkpoints": 99}
 
-@pytest.fixture
+
+@pytest.fixture(scope="module")
 def program() -> ModuleType:
     return load_program("train/contrastive.py")
 
@@ -37,9 +39,16 @@ def program() -> ModuleType:
 @pytest.fixture
 def config(tiny_shards: Path, tmp_path: Path) -> Any:
     """Six steps, evaluated after the third and the sixth."""
-    return small_run(
-        tiny_shards, tmp_path / "run", eval_every=3, checkpoint_every=2, keep_checkpoints=99
-    )
+    return small_run(tiny_shards, tmp_path / "run", **SAVES)
+
+
+@pytest.fixture(scope="module")
+def short(program: ModuleType, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the first epoch alone, to be copied."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    program.main(small_run(tiny_shards, out, **SAVES, epochs=1))
+    reset_accelerate()
+    return out
 
 
 def steps_of(run: Path) -> list[str]:
@@ -210,11 +219,10 @@ def test_what_a_kill_left_half_written_is_swept_away(program: ModuleType, config
 
 
 def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
-    program: ModuleType, config: Any
+    program: ModuleType, config: Any, short: Path
 ) -> None:
-    program.main(replace(config, epochs=1))
     broken = config.out.with_name("broken")
-    shutil.copytree(config.out, broken)
+    shutil.copytree(short, broken)
     for checkpoint in list_checkpoints(broken):
         if checkpoint.name != "step-00000002":
             shutil.rmtree(checkpoint)
@@ -222,11 +230,13 @@ def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
             (checkpoint / "random_states_0.pkl").unlink()
     program.main(replace(config, epochs=1, out=broken, resume=True))
     assert steps_of(broken)[-1] == "step-00000003"
-    assert learned(broken)[-2:] == learned(config.out)[-2:]
+    assert learned(broken)[-2:] == learned(short)[-2:]
 
 
-def test_a_checkpoint_of_fsdp_is_not_read_without_it(program: ModuleType, config: Any) -> None:
-    program.main(replace(config, epochs=1))
+def test_a_checkpoint_of_fsdp_is_not_read_without_it(
+    program: ModuleType, config: Any, short: Path
+) -> None:
+    shutil.copytree(short, config.out)
     last = list_checkpoints(config.out)[-1]
     (last / "model.safetensors").unlink()
     (last / "pytorch_model_fsdp_0").mkdir()

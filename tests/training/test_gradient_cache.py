@@ -1,7 +1,6 @@
 """Gradients of a batch that goes through the towers in chunks are those of the batch in one piece."""
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -200,12 +199,6 @@ def test_sizes_below_zero_are_refused() -> None:
 
 
 # --- whole runs --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[TrainingServer]:
-    with TrainingServer() as server:
-        yield server
 
 
 def test_two_ranks_train_with_a_cache_as_one_does_without(

@@ -5,7 +5,7 @@ The default takes a few combinations; `--kills 30` takes all of them, each with 
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
@@ -25,12 +25,6 @@ from mmrec.training.sample_log import read_samples
 
 STEPS = 9  # of the runs below: 24 contents, batches of 8, 3 epochs
 LOGGED = ("step", "loss", "lr", "scale", "gradient_norm")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[TrainingServer]:
-    with TrainingServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
