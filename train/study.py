@@ -91,7 +91,7 @@ BASE = Arm(name="base", flags="")
 QUESTIONS: dict[str, list[Arm]] = {
     "Who is a positive": [
         Arm(name="diagonal (CLIP)", flags="--loss.positives diagonal"),
-        Arm(name="masked", flags="--loss.positives masked"),
+        Arm(name="masked", flags="--loss.positives masked", data=("demo",)),
         Arm(name="sigmoid (SigLIP)", flags="--loss.kind sigmoid --encoder.start-bias -10"),
     ],
     "How batches are made": [
