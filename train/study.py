@@ -130,7 +130,7 @@ QUESTIONS: dict[str, list[Arm]] = {
         Arm(name="averaged weights", flags="--ema 0.99", data=("videos",)),
     ],
     "Mined negatives": [
-        Arm(name="one a row", flags="", mined=1),
+        Arm(name="one a row", flags="", data=("demo",), mined=1),
         Arm(name="four a row", flags="", data=("demo",), mined=4),
     ],
     "Together": [
