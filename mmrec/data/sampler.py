@@ -29,7 +29,11 @@ class SamplerConfig:
     batch_size: int = 256
     """Rows of a global batch, over all ranks."""
     max_rows_per_product: int | None = None
-    """At most this many rows of a global batch show the same product; None sets no limit."""
+    """At most this many rows of a global batch show the same product; None sets no limit.
+
+    Rows over the limit wait for later batches, and earlier rows are shown again in their place. In an epoch
+    whose draws among contents' links leave too few products for that, the limit is the next that will do.
+    """
     unique_products: bool = False
     """Show a product once a global batch: the first of its rows brings it, and is the positive of all.
 
@@ -174,10 +178,26 @@ class GlobalBatches:
         self.steps_per_epoch = len(products) // config.batch_size
         self._counts = self._rows_of_sources()
         if config.max_rows_per_product is not None:
-            counts = np.bincount(self._products[self._link_starts[:-1]])
-            room = int(np.minimum(counts, config.max_rows_per_product).sum())
-            if room < config.batch_size:
-                raise self._too_tight(f"at most {room} rows fit")
+            room = float(np.minimum(self._expected_rows(), config.max_rows_per_product).sum())
+            if room < config.batch_size - 1e-6:  # sums of shares are not exact
+                raise UserError(
+                    f"--sampler.max-rows-per-product {config.max_rows_per_product} cannot fill a batch of "
+                    f"{config.batch_size} rows: at most {int(room)} rows fit; raise it, or lower "
+                    f"--sampler.batch-size"
+                )
+
+    def _expected_rows(self) -> Float[np.ndarray, " P"]:
+        """How many rows of an epoch show each product on average.
+
+        The mean of what fits under a limit is at most what fits of these, as a minimum is concave.
+        """
+        first, sizes = self._link_starts[:-1], np.diff(self._source_starts)
+        shares = np.diff(self._reach, prepend=0.0)
+        shares[first] = self._reach[first]
+        # A source alone offers all of its rows, and only the remainder is left over.
+        times = self._counts.sum(0) / sizes if len(sizes) > 1 else np.ones(1)  # (K,)
+        of_links = np.repeat(np.repeat(times, sizes), np.diff(self._link_starts))
+        return np.bincount(self._products, shares * of_links)
 
     def _rows_of_sources(self) -> Int[np.ndarray, "S K"]:
         sizes = np.diff(self._source_starts)
@@ -248,7 +268,7 @@ class GlobalBatches:
         """All global batches of an epoch: `steps_per_epoch` of `batch_size` rows."""
         stream = self._mixed(epoch) if len(self._source_starts) > 2 else self._alone(epoch)
         products = self._products[self._link_starts[stream.samples] + stream.slots]
-        rows = self._deal(epoch, products)
+        rows = self._deal(products)
         dealt = stream.take(rows)
         return EpochPlan(
             epoch,
@@ -314,22 +334,15 @@ class GlobalBatches:
             )
         )
 
-    def _deal(self, epoch: int, products: Int[np.ndarray, " N"]) -> Int[np.ndarray, "S B"]:
+    def _deal(self, products: Int[np.ndarray, " N"]) -> Int[np.ndarray, "S B"]:
         steps, size = self.steps_per_epoch, self.config.batch_size
         limit = self.config.max_rows_per_product
         if limit is None:
             return np.arange(steps * size).reshape(steps, size)
-        rows = deal_capped(products, num_batches=steps, batch_size=size, limit=limit)
-        shortest = int((rows >= 0).sum(1).min())
-        if shortest < size:  # Only where links' draws leave fewer products than counted.
-            raise self._too_tight(f"a batch of epoch {epoch} holds {shortest}")
-        return rows
-
-    def _too_tight(self, found: str) -> UserError:
-        return UserError(
-            f"--sampler.max-rows-per-product {self.config.max_rows_per_product} cannot fill a batch of "
-            f"{self.config.batch_size} rows: {found}; raise it, or lower --sampler.batch-size"
-        )
+        counts = np.bincount(products)
+        while np.minimum(counts, limit).sum() < size:
+            limit += 1
+        return deal_capped(products, num_batches=steps, batch_size=size, limit=limit)
 
     def product_of(self, row: Row) -> int:
         """The number of the product that stands for a row."""

@@ -58,6 +58,33 @@ def test_a_product_fills_at_most_its_share_of_every_batch(limit: int) -> None:
             assert max(Counter(batches.product_of(row) for row in batch).values()) <= limit
 
 
+def test_a_limit_is_judged_by_all_links_and_epochs_that_cannot_keep_it_take_the_next() -> None:
+    def linked(products: list[list[int]], weights: list[float], limit: int) -> GlobalBatches:
+        config = SamplerConfig(batch_size=8, max_rows_per_product=limit)
+        return GlobalBatches(
+            config, shard_sizes=[64], products=products, weights=[weights] * len(products)
+        )
+
+    # Half of the rows show the product that all contents link to first.
+    batches = linked([[0, 1 + i] for i in range(64)], [1.0, 1.0], 4)
+    for batch in batches.epoch(0):
+        assert max(Counter(map(batches.product_of, batch)).values()) <= 4
+    with pytest.raises(UserError, match="cannot fill a batch of 8 rows: at most 4 rows fit"):
+        linked([[1 + i, 0] for i in range(64)], [0.01, 10.0], 4)
+    # About nine products an epoch, and in some epochs fewer than the batch has rows.
+    batches = linked([[0, 1 + i] for i in range(64)], [7.0, 1.0], 1)
+    limits = []
+    for epoch in range(40):
+        plan = batches.epoch(epoch)
+        assert len(plan) == 8
+        assert all(len({row.sample for row in batch}) == 8 for batch in plan)
+        largest = max(max(Counter(map(batches.product_of, batch)).values()) for batch in plan)
+        limits.append(largest)
+        _, slots = batches.order(epoch)
+        assert largest == max(1, 8 - slots.sum())
+    assert {1, 2} <= set(limits)
+
+
 def test_without_a_heavy_product_the_limit_still_shows_every_sample() -> None:
     batches = make(
         SamplerConfig(batch_size=8, max_rows_per_product=2), [[i % 20] for i in range(80)]
