@@ -115,7 +115,10 @@ class TrainConfig:
     ema: float | None = None
     """Decay of a moving average of the weights, which is then evaluated and exported; 0.999 is usual."""
     epochs: int = 30
-    """Times that each training content is shown."""
+    """Passes over the training contents, each of as many rows as they are, less what fills no batch.
+
+    Which contents are left out changes; a limit of rows a product and weights of sources show some
+    contents more than once a pass, and others not at all."""
     num_frames: int = 4
     """Frames of a content in a training row, one drawn from each of as many equal spans."""
     num_images: int = 1

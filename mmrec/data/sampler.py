@@ -13,7 +13,13 @@ from typing import overload
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mmrec.data.dealing import arrange_groups, deal_capped, interleave, rows_of_sources
+from mmrec.data.dealing import (
+    arrange_groups,
+    deal_capped,
+    interleave,
+    occurrence,
+    rows_of_sources,
+)
 from mmrec.errors import UserError
 
 # Shape letters: S steps in an epoch, B rows in a global batch, N rows of an epoch, M links, P products.
@@ -51,7 +57,8 @@ class SamplerConfig:
     """With several folders of shards, the weight of each in every batch; empty takes their sizes.
 
     An epoch has as many rows as all sources together. A source whose weight is more than its size is
-    shown more than once in it, and a source that ends is shuffled anew and goes on.
+    shown more than once in it, and a source that ends is shuffled anew and goes on; the batch in which it
+    does may hold a content twice, with a link and a view drawn for each.
     """
     window_shards: int = 64
     """Shards whose samples are permuted together: larger mixes better, smaller reads closer together."""
@@ -68,7 +75,7 @@ class Row:
     brings_product: bool = True
     """False where an earlier row of the global batch has brought the same product."""
     repeat: int = 0
-    """Which showing of the sample this is within the epoch, where a source is shown more than once."""
+    """Which showing of the sample this is within the epoch, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,15 @@ class _Stream:
 
     samples: Int[np.ndarray, "*rows"]
     slots: Int[np.ndarray, "*rows"]
-    repeats: Int[np.ndarray, "*rows"]
 
     def take(self, rows: Int[np.ndarray, "*rest"]) -> "_Stream":
-        return _Stream(self.samples[rows], self.slots[rows], self.repeats[rows])
+        return _Stream(self.samples[rows], self.slots[rows])
 
 
 def _join(parts: Sequence[_Stream]) -> _Stream:
     return _Stream(
         samples=np.concatenate([part.samples for part in parts]),
         slots=np.concatenate([part.slots for part in parts]),
-        repeats=np.concatenate([part.repeats for part in parts]),
     )
 
 
@@ -274,13 +279,17 @@ class GlobalBatches:
             epoch,
             samples=dealt.samples,
             slots=dealt.slots,
-            repeats=dealt.repeats,
+            repeats=self._repeats(dealt.samples),
             products=products[rows] if self.config.unique_products else None,
         )
 
+    def _repeats(self, samples: Int[np.ndarray, "S B"]) -> Int[np.ndarray, "S B"]:
+        if len(self._source_starts) == 2 and self.config.max_rows_per_product is None:
+            return np.zeros_like(samples)  # each is shown once
+        return occurrence(samples.ravel()).reshape(samples.shape)
+
     def _alone(self, epoch: int) -> _Stream:
-        samples, slots = self.order(epoch)
-        stream = _Stream(samples, slots, np.zeros_like(samples))
+        stream = _Stream(*self.order(epoch))
         return self._grouped(stream, self._counts[:, 0], [self.config.seed, epoch, _GROUPING])
 
     def _mixed(self, epoch: int) -> _Stream:
@@ -304,7 +313,7 @@ class GlobalBatches:
             rng = np.random.default_rng([self.config.seed, number, source + 1])
             samples = self._permute_shards(shards, rng)
             slots = self._draw_slots(samples, rng)
-            passes.append(_Stream(samples, slots, np.full(size, number - first)))
+            passes.append(_Stream(samples, slots))
         begin = start - first * size
         return _join(passes).take(np.arange(begin, begin + count))
 

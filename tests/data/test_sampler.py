@@ -56,6 +56,11 @@ def test_a_product_fills_at_most_its_share_of_every_batch(limit: int) -> None:
         for batch in plan:
             assert len(batch) == len({row.sample for row in batch}) == 16
             assert max(Counter(batches.product_of(row) for row in batch).values()) <= limit
+        shown = Counter(row.sample for batch in plan for row in batch)
+        assert max(shown.values()) > 1
+        # What is shown again is augmented anew.
+        views = {(row.sample, row.repeat) for batch in plan for row in batch}
+        assert views == {(sample, n) for sample, count in shown.items() for n in range(count)}
 
 
 def test_a_limit_is_judged_by_all_links_and_epochs_that_cannot_keep_it_take_the_next() -> None:
