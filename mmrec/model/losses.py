@@ -296,7 +296,8 @@ def contrastive_loss(
 ) -> dict[str, Float[Tensor, ""]]:
     """Each objective's loss, unweighted, by name, and their weighted sum under "loss".
 
-    An edge within one side (video against content title) has the row's own product as its one link.
+    A row that is of a content has all of its links, also against content titles, each of which shows the
+    product drawn for its content; a row that is of a product (image against title) has that one.
     `bias` is the sigmoid's. `log_q` (`log_expected_columns`) is subtracted where products are what is
     summed over: in the rows' direction of an edge from contents to products, in both directions of
     an edge between products, and nowhere between contents, which an epoch offers once each. Extra columns are
@@ -318,8 +319,8 @@ def contrastive_loss(
             columns,
             row_mask=row_mask,
             column_mask=column_mask,
-            links=batch.links if crosses else own,
-            weights=batch.weights if crosses else torch.ones_like(own, dtype=torch.float32),
+            links=batch.links if from_content else own,
+            weights=batch.weights if from_content else torch.ones_like(own, dtype=torch.float32),
             products=batch.product_number,
             scale=scale,
             config=config,

@@ -167,12 +167,16 @@ def test_objectives_are_weighted_and_inactive_ones_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("positives", ["shared", "masked"])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_every_edge_has_its_own_positives_and_correction(kind: str, name: str) -> None:
+def test_every_edge_has_its_own_positives_and_correction(
+    kind: str, positives: str, name: str
+) -> None:
     x = example(10)
     x["weights"] = x["weights"].float().double()
+    leaves = leaves_of(x)
     off = {edge: 0.0 for edge in EDGES}
-    config = LossConfig(kind=kind, logq=0.7, chunk_rows=4)  # pyright: ignore
+    config = LossConfig(kind=kind, positives=positives, logq=0.7, chunk_rows=4)  # pyright: ignore
     extra = ExtraColumns(
         views={"product": (x["extra"], x["extra_mask"]), "image": (x["extra"], x["extra_mask"])},
         products=x["extra_products"],
@@ -188,20 +192,41 @@ def test_every_edge_has_its_own_positives_and_correction(kind: str, name: str) -
         extra_columns=extra,
     )["loss"]
     case = Case(
-        kind, "shared", 0.7, "all" if name in ("content_product", "video_image") else "none"
+        kind, positives, 0.7, "all" if name in ("content_product", "video_image") else "none"
     )
     if name in ("video_title", "image_title"):
         side = ("rows", "row_mask") if name == "video_title" else ("columns", "column_mask")
         x["rows"] = x["columns"] = x[side[0]]
         x["row_mask"] = x["column_mask"] = x[side[1]]
-        # Within one side the row's own product is its one link.
-        x["links"] = torch.stack([x["products"], torch.full((10,), -1)], 1)
-        x["weights"] = torch.ones(10, 2, dtype=torch.float64)
     if name == "video_title":  # Contents are not drawn by popularity.
         case = replace(case, logq=0.0)
-    if name == "image_title" and kind == "softmax":
-        case = replace(case, between_products=True)
-    torch.testing.assert_close(found, reference(x, case), rtol=1e-10, atol=0)
+    if name == "image_title":
+        # A product's title is that of no other.
+        x["links"] = torch.stack([x["products"], torch.full((10,), -1)], 1)
+        x["weights"] = torch.ones(10, 2, dtype=torch.float64)
+        case = replace(case, between_products=kind == "softmax")
+    expected = reference(x, case)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    for a, b in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("positives", ["shared", "masked"])
+def test_contents_that_link_to_each_others_products_are_no_negatives(positives: str) -> None:
+    x = plain(2, links=torch.tensor([[0, 1], [0, 1]]))  # One shows product 0, the other product 1.
+    x["weights"] = torch.ones(2, 2)
+    leaves = leaves_of(x)
+    objectives = Objectives(content_product=0.0, video_title=1.0)
+    config = LossConfig(positives=positives)  # pyright: ignore
+    views = {"video": (x["rows"], x["row_mask"]), "content_title": (x["columns"], x["row_mask"])}
+    loss = contrastive_loss(views, pair_batch(x), x["scale"], objectives, config=config)["loss"]
+    # Each video is asked to be as near to one title as to the other, or nothing at all.
+    rows, columns, *_ = gradients(loss, leaves)
+    logits = x["scale"] * x["rows"] @ x["columns"].T
+    fair = sum(-torch.log_softmax(logits, dim).mean() for dim in (0, 1)) / 2
+    expected = gradients(fair if positives == "shared" else 0 * fair, leaves)
+    torch.testing.assert_close(rows, expected[0])
+    torch.testing.assert_close(columns, expected[1])
 
 
 # --- frequencies -------------------------------------------------------------------------------
