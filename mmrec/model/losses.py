@@ -364,10 +364,13 @@ def log_expected_columns(
 
     An epoch offers each content once, with one of its products drawn by weight, so a row shows product j
     with the probability :math:`q_j = \frac{1}{N} \sum_i w_{ij} / \sum_k w_{ik}` over the split's N contents.
-    A batch of B rows then holds :math:`B q_j` of its columns, at most `max_rows_per_product`, or, where
-    `unique_products` shows each product once, :math:`1 - (1 - q_j)^B`. A product that is never drawn
-    has no column; its entry is 0. In the rows' softmax a common factor cancels; it matters to the
-    sigmoid, and beside extra columns, which are there for certain.
+    A batch of B rows then holds :math:`n_j = B q_j` of its columns. Under `max_rows_per_product` k the rows
+    that popular products lose go to the others: :math:`n_j = \min(k, s q_j)` with s such that they add up to
+    B. Where `unique_products` shows each product once, it has
+    :math:`1 - (1 - n_j / k) (1 - n_j / B)^{B - B / k}` columns, with k = B without a limit. Under a limit
+    both are right to about a tenth: rows that come again pass over products that are at it in their batch.
+    A product that is never drawn has no column; its entry is 0. In the rows' softmax a common factor
+    cancels; it matters to the sigmoid, and beside extra columns, which are there for certain.
     """
     counts = [len(row) for row in products]
     flat = np.fromiter(chain.from_iterable(products), np.int64, sum(counts))
@@ -375,12 +378,23 @@ def log_expected_columns(
     row = np.repeat(np.arange(len(counts)), counts)
     share = mass / np.bincount(row, mass, len(counts))[row] / len(counts)
     q = np.bincount(flat, share, num_products)
-    expected = sampler.batch_size * q
-    if sampler.max_rows_per_product is not None:
-        expected = np.minimum(expected, sampler.max_rows_per_product)
+    limit = min(sampler.max_rows_per_product or sampler.batch_size, sampler.batch_size)
+    expected = _share_rows(q, sampler.batch_size, limit)
     if sampler.unique_products:
-        expected = -np.expm1(sampler.batch_size * np.log1p(-np.minimum(q, 1 - 1e-12)))
+        size = sampler.batch_size
+        missing = (1 - expected / limit) * (1 - expected / size) ** (size - size / limit)
+        expected = 1 - missing
     return torch.tensor(np.log(np.where(q > 0, expected, 1.0)), dtype=torch.float32)
+
+
+def _share_rows(q: Float[np.ndarray, " P"], rows: int, limit: int) -> Float[np.ndarray, " P"]:
+    """How many of so many rows each product has: in proportion to `q`, and none more than `limit`."""
+    ordered = np.sort(q[q > 0])[::-1]
+    # With the first j products at the limit, the others share what is left by these factors.
+    factors = (rows - limit * np.arange(len(ordered))) / np.cumsum(ordered[::-1])[::-1]
+    fits = factors * ordered <= limit
+    factor = factors[fits.argmax()] if fits.any() else limit / ordered[-1]
+    return np.minimum(limit, factor * q)
 
 
 def _positives(

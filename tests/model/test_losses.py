@@ -253,6 +253,26 @@ def test_expected_columns_are_those_that_the_sampler_deals(unique: bool) -> None
     np.testing.assert_allclose(expected.exp().numpy()[drawn], seen[drawn], rtol=0.06)
 
 
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_under_a_limit_the_rows_that_popular_products_lose_go_to_the_others(
+    limit: int, unique: bool
+) -> None:
+    # One product of 600 contents, ten of 20, and twenty of 10.
+    links = [[0]] * 600 + [[1 + i % 10] for i in range(200)] + [[11 + i % 20] for i in range(200)]
+    config = SamplerConfig(batch_size=16, max_rows_per_product=limit, unique_products=unique)
+    weights = [[1.0]] * 1000
+    batches = GlobalBatches(config, shard_sizes=[100] * 10, products=links, weights=weights)
+    counts = np.zeros(31)
+    for epoch in range(10):
+        for row in (row for batch in batches.epoch(epoch) for row in batch):
+            counts[batches.product_of(row)] += row.brings_product
+    seen = counts / (10 * batches.steps_per_epoch)
+    expected = log_expected_columns(links, weights, num_products=31, sampler=config).exp().numpy()
+    for group in (slice(1), slice(1, 11), slice(11, 31)):
+        np.testing.assert_allclose(expected[group].mean(), seen[group].mean(), rtol=0.1)
+
+
 def test_a_cap_on_rows_caps_the_expected_columns() -> None:
     config = SamplerConfig(batch_size=8, max_rows_per_product=2)
     links = [[0]] * 10 + [[1]] * 5 + [[2]] * 5
