@@ -65,6 +65,11 @@ TAR_PLACE = b"tar"
 """In an index's metadata: its tar's URL, or path from the index's folder, if it does not lie beside it."""
 _MOST_OPEN_FILES = 128  # well below the usual limit of 1,024 a process
 _FETCHES = 16  # indexes fetched at once
+_CHECKED = 5  # samples of a shard that are compared with its index as it is opened
+_MEND = (
+    "make the shards anew with data_prep/make_shards.py, or the index of a foreign tar with "
+    "`mmrec shards index`"
+)
 _ATTEMPTS = 3  # a tar may leave the cache between its fetch and its opening
 
 
@@ -159,13 +164,12 @@ def _index_row(tar: Path, sample: "TarSample", descriptor: int) -> dict[str, Any
     offset, size = sample.members[META_NAME]
     try:
         meta = json.loads(os.pread(descriptor, size, offset))
-        products = meta.get("products", [meta])
+        content_id, ids = _ids_of(meta)
         row = {
-            "content_id": meta.get("content_id"),
-            "product_ids": [product["product_id"] for product in products],
-            "weights": [float(product.get("weight", 1.0)) for product in products],
+            "content_id": content_id,
+            "product_ids": ids,
+            "weights": [float(p.get("weight", 1.0)) for p in meta.get("products", [meta])],
         }
-        ids = row["product_ids"]
         if not ids or not all(isinstance(product_id, str) for product_id in ids):
             raise TypeError("expected product ids, as text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -179,6 +183,21 @@ def _index_row(tar: Path, sample: "TarSample", descriptor: int) -> dict[str, Any
         "offsets": [offset for offset, _ in places],
         "sizes": [size for _, size in places],
     }
+
+
+def _ids_of(meta: Any) -> tuple[Any, list[Any]]:
+    """The content's id, if it is one, and its products' ids, by a sample's JSON member."""
+    products = meta.get("products", [meta])
+    return meta.get("content_id"), [product["product_id"] for product in products]
+
+
+def _meta_of(text: bytes, expected: tuple[str | None, list[str]]) -> dict[str, Any] | None:
+    """What a JSON member holds; None where it is not that of a sample with such ids."""
+    try:
+        meta = json.loads(text)
+        return meta if _ids_of(meta) == expected else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 # Scanning tars, ours or not.
@@ -355,14 +374,21 @@ class ShardReader:
         return {found[i]: self._read_bytes(shard, int(offsets[i]), int(sizes[i])) for i in members}
 
     def meta(self, row: int) -> dict[str, Any]:
-        """What a sample's JSON member holds, or its index in that member's place."""
+        """What a sample's JSON member holds, or its index in that member's place.
+
+        Raises `UserError` where that member is of other ids than the index has for the sample.
+        """
         if self._metas is not None:
             if not 0 <= row < len(self):
                 raise IndexError(f"row {row} of {len(self)}")
             text = self._metas[row].as_py()
             if text is not None:
                 return json.loads(text)
-        return json.loads(self.read(row, [META_NAME])[META_NAME])
+        text = self.read(row, [META_NAME])[META_NAME]
+        meta = _meta_of(text, (self.content_ids[row], self.product_ids[row]))
+        if meta is None:
+            raise _other_sample(self.paths[self._shard_of(row)], self.keys[row])
+        return meta
 
     def _members(self, row: int) -> slice:
         if not 0 <= row < len(self):
@@ -537,7 +563,7 @@ def _read_index(tar: Place) -> _Index:
     if isinstance(tar, Path):
         try:
             _check_size(tar, tar.stat().st_size, expected)
-            _check_headers(tar, table)
+            _check_samples(tar, table)
         except FileNotFoundError:
             raise UserError(f"{path}: is the index of {tar}, which is not there") from None
     return _Index(table, tar, expected)
@@ -546,32 +572,49 @@ def _read_index(tar: Place) -> _Index:
 def _check_size(tar: Place, found: int, expected: int) -> None:
     if found != expected:
         raise UserError(
-            f"{tar}: has {found} bytes, but its index was made for a tar of {expected}; make the "
-            f"shards anew with data_prep/make_shards.py, or the index of a foreign tar with "
-            f"`mmrec shards index`"
+            f"{tar}: has {found} bytes, but its index was made for a tar of {expected}; {_MEND}"
         )
 
 
-def _check_headers(tar: Path, table: pa.Table) -> None:
-    """Refuse an index that was made of another tar of the same size.
-
-    The block before a member's bytes is its header, so the first and the last sample's tell.
-    """
+def _check_samples(tar: Path, table: pa.Table) -> None:
+    """Refuse an index that was made of another tar of the same size; some samples tell."""
+    rows = np.unique(np.linspace(0, len(table) - 1, min(_CHECKED, len(table))).astype(int))
     with open(tar, "rb") as file:
-        for row in {0, len(table) - 1} if len(table) else ():
-            offsets, sizes = table["offsets"][row].as_py(), table["sizes"][row].as_py()
-            for offset, size in list(zip(offsets, sizes, strict=True))[-1:]:
-                header = os.pread(file.fileno(), _BLOCK, offset - _BLOCK)
-                try:
-                    found = _TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").size
-                except tarfile.TarError:
-                    found = None
-                if found != size:
-                    raise UserError(
-                        f"{tar}: has no member of {size} bytes at byte {offset}, where its index has one; "
-                        "make the shards anew with data_prep/make_shards.py, or the index of a foreign tar "
-                        "with `mmrec shards index`"
-                    )
+        for sample in table.take(rows).to_pylist():
+            _check_sample(tar, file.fileno(), sample)
+
+
+def _check_sample(tar: Path, descriptor: int, sample: Mapping[str, Any]) -> None:
+    """Compare the header of a sample's last member, which is the block before its bytes, and its ids."""
+    key, name = sample["key"], sample["names"][-1]
+    offset, size = sample["offsets"][-1], sample["sizes"][-1]
+    header = os.pread(descriptor, _BLOCK, offset - _BLOCK)
+    try:
+        member = _TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError:
+        member = None
+    if member is None or member.size != size:
+        raise UserError(
+            f"{tar}: has no member of {size} bytes at byte {offset}, where its index has one; {_MEND}"
+        )
+    # Of a foreign tar the index has the keys, names of its own, and what would be in a JSON member.
+    is_foreign = sample.get(META_COLUMN.name) is not None
+    expected = f"{key}." if is_foreign else f"{key}.{name}"
+    # A longer name, or one of other letters, may be cut or replaced in this header.
+    is_plain = key.isascii() and len(member.name) < tarfile.LENGTH_NAME
+    if is_plain and not member.name.lower().startswith(expected.lower()):
+        raise UserError(
+            f"{tar}: has member {member.name!r} where its index has one of sample {key!r}; {_MEND}"
+        )
+    if not is_foreign:
+        place = sample["names"].index(META_NAME)
+        text = os.pread(descriptor, sample["sizes"][place], sample["offsets"][place])
+        if _meta_of(text, (sample["content_id"], sample["product_ids"])) is None:
+            raise _other_sample(tar, key)
+
+
+def _other_sample(tar: Place, key: str) -> UserError:
+    return UserError(f"{tar}: sample {key!r} has other ids than its index says; {_MEND}")
 
 
 def _position(names: list[str], name: str) -> int:

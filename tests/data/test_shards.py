@@ -288,6 +288,68 @@ def test_an_index_of_another_tar_of_the_same_size(folder):
         open_shards(folder, "contents", "train")
 
 
+def rewrite(path: Path, samples: list[ShardSample]) -> None:
+    """Another tar beside the index of the first."""
+    index = index_path(path).read_bytes()
+    size = path.stat().st_size
+    write_shard(path, samples)
+    assert path.stat().st_size == size
+    index_path(path).write_bytes(index)
+
+
+def some_contents(tmp_path: Path, count: int) -> tuple[Path, list[ShardSample]]:
+    """A shard of contents whose members are all of one size."""
+    samples = [
+        ShardSample(f"{i:04d}", {frame_name(0): bytes(64)}, {**content(i).meta, "title": "same"})
+        for i in range(10, 10 + count)
+    ]
+    path = shard_path(tmp_path, "train", 0)
+    write_shard(path, samples)
+    return path, samples
+
+
+def test_an_index_of_a_tar_with_other_ids(tmp_path):
+    path, samples = some_contents(tmp_path, 3)
+    others = [
+        ShardSample(
+            s.key,
+            s.members,
+            {**s.meta, "products": [{**p, "product_id": "p99"} for p in s.meta["products"]]},
+        )
+        for s in samples
+    ]
+    rewrite(path, others)
+    with pytest.raises(UserError, match=r"train-000000\.tar: sample '0010' has other ids than its"):
+        open_shards(tmp_path, "contents", "train")
+
+
+def test_an_index_of_a_tar_in_another_order(tmp_path):
+    path, samples = some_contents(tmp_path, 20)
+    samples[6], samples[7] = samples[7], samples[6]
+    rewrite(path, samples)
+    # Neither is among those that are looked at as the shard is opened.
+    reader = open_shards(tmp_path, "contents", "train")
+    assert reader.meta(8)["content_id"] == "c18"
+    for row in (6, 7):
+        with pytest.raises(
+            UserError, match=rf"\.tar: sample '00{10 + row}' has other ids than its"
+        ):
+            reader.meta(row)
+    samples.reverse()
+    rewrite(path, samples)
+    with pytest.raises(UserError, match=r"has member '0029\.json' where its index has .* '0010'"):
+        open_shards(tmp_path, "contents", "train")
+
+
+def test_a_member_that_is_no_json_is_another_samples(tmp_path):
+    path, _ = some_contents(tmp_path, 20)
+    reader = open_shards(tmp_path, "contents", "train")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'{"content_id": "c19"', b'\xff"content_id": "c19"'))
+    with pytest.raises(UserError, match="sample '0019' has other ids than its index says"):
+        reader.meta(9)
+
+
 def test_a_tar_cut_after_it_was_opened(folder):
     reader = open_shards(folder, "contents", "train")
     path = shard_path(folder, "train", 2)
