@@ -15,7 +15,13 @@ def letters(texts: list[str]) -> torch.Tensor:
 
 
 def small_loader(
-    rows: PairDataset, reader: ShardReader, *, batch_size: int, num_workers: int
+    rows: PairDataset,
+    reader: ShardReader,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterable[PairBatch]:
     """Two epochs of `rows`, which are those of `reader`; no limit asks which products they are."""
     batches = GlobalBatches(
@@ -26,7 +32,7 @@ def small_loader(
     )
     return pair_loader(
         rows,
-        RankBatches(batches, rank=0, world_size=1, num_epochs=2),
+        RankBatches(batches, rank=rank, world_size=world_size, num_epochs=2),
         tokenizer=letters,
         num_workers=num_workers,
         pin_memory=False,

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
 from mmrec.data.catalog import Catalog, attribute_groups
+from mmrec.data.mixing import GROUP_ROWS
 from mmrec.data.negatives import check_negatives, read_negatives
 from mmrec.data.sampler import GlobalBatches, RankBatches, SamplerConfig, check_world_size
 from mmrec.data.shards import ShardReader, open_sources
@@ -392,7 +393,11 @@ def main(config: TrainConfig) -> None:
         # A batch may hold no title at all, and then the text tower has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    check_world_size(config.sampler.batch_size, accelerator.num_processes)
+    check_world_size(
+        config.sampler.batch_size,
+        accelerator.num_processes,
+        group_rows=GROUP_ROWS if config.augment.mix else 1,
+    )
     check_sharding(
         accelerator, averaged=config.ema is not None, adapted=config.tuning.lora_rank > 0
     )

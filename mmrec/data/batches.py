@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mmrec.data.media import decode_jpeg
-from mmrec.data.mixing import mix_rows
+from mmrec.data.mixing import GROUP_ROWS, mix_rows
 from mmrec.data.negatives import HardNegatives
 from mmrec.data.sampler import RankBatches, Row, draw_some
 from mmrec.data.shards import ShardReader, frame_name, image_name, product_image_name
@@ -113,7 +113,8 @@ class AugmentConfig:
     mix: float = 0.0
     """Probability that a rectangle of a content's pictures is another row's, with its links (CutMix).
 
-    What is mixed has no title.
+    Rows are mixed within fours, by draws of (seed, epoch, the first row's sample). What is mixed has no
+    title.
     """
     modality_dropout: float = 0.1
     """Probability that a side which has both pictures and a title loses one of them."""
@@ -352,6 +353,7 @@ class _Pair:
     weights: list[float]
     sample: int
     epoch: int
+    repeat: int
     size: int
     """Side of its pictures, in pixels; the same in all rows of an epoch."""
     negatives: list["_Negative"]
@@ -422,6 +424,7 @@ class PairDataset(Dataset[_Pair]):
             weights=self._reader.weights[sample],
             sample=sample,
             epoch=row.epoch,
+            repeat=row.repeat,
             size=size,
             negatives=self._draw_negatives(row, size),
         )
@@ -476,13 +479,7 @@ class _CollatePairs:
             [p.content for p in pairs], [p.content_title for p in pairs], **collate
         )
         if self.mix:
-            # A stream of its own: the third number keeps it apart from that of a sample.
-            rng = np.random.default_rng([self.seed, pairs[0].epoch, pairs[0].sample, 1])
-            pixels = content.images.permute(0, 1, 3, 4, 2).numpy()
-            links, weights, mixed = mix_rows(
-                pixels, content.image_mask.numpy(), links, weights, probability=self.mix, rng=rng
-            )
-            content.text_mask[torch.from_numpy(mixed)] = False
+            links, weights = self._mix(pairs, content, links, weights)
         negatives = [(row, n) for row, pair in enumerate(pairs) for n in pair.negatives]
         return PairBatch(
             content=content,
@@ -498,6 +495,35 @@ class _CollatePairs:
             negative_number=torch.tensor([n.number for _, n in negatives], dtype=torch.long),
             negative_row=torch.tensor([row for row, _ in negatives], dtype=torch.long),
         )
+
+    def _mix(
+        self,
+        pairs: list[_Pair],
+        content: ItemBatch,
+        links: Int[np.ndarray, "B M"],
+        weights: Float[np.ndarray, "B M"],
+    ) -> tuple[Int[np.ndarray, "B 2*M"], Float[np.ndarray, "B 2*M"]]:
+        """Mix the rows of each group in place; returns their links and weights."""
+        pixels, mask = content.images.permute(0, 1, 3, 4, 2).numpy(), content.image_mask.numpy()
+        mixtures = []
+        for start in range(0, len(pairs), GROUP_ROWS):
+            part = slice(start, start + GROUP_ROWS)
+            first = pairs[start]
+            # A stream of its own: the fourth number keeps it apart from that of a sample.
+            rng = np.random.default_rng([self.seed, first.epoch, first.sample, 1, first.repeat])
+            mixtures.append(
+                mix_rows(
+                    pixels[part],
+                    mask[part],
+                    links[part],
+                    weights[part],
+                    probability=self.mix,
+                    rng=rng,
+                )
+            )
+        links, weights, mixed = map(np.concatenate, zip(*mixtures, strict=True))
+        content.text_mask[torch.from_numpy(mixed)] = False
+        return links, weights
 
 
 def pair_loader(

@@ -2,11 +2,17 @@
 
 Yun et al. 2019 mix two labels by area. A row here has links to products with weights, so the mixture is a
 row that links to both rows' products, which the loss takes as it takes any content with several links.
+
+Rows mix with those of their group: `GROUP_ROWS` that follow each other in the global batch. A rank has whole
+groups, so any number of ranks makes the same mixtures.
 Shape letters: B rows, T frames, H W pixels, M links of a row.
 """
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+
+GROUP_ROWS = 4
+"""Few, so that small batches of many ranks can be mixed, and enough that most rows find a partner."""
 
 
 def mix_rows(

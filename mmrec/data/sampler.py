@@ -414,12 +414,18 @@ class RankBatches:
                 yield plan.rows(t, self._slice)
 
 
-def check_world_size(batch_size: int, world_size: int) -> None:
-    """Raise `UserError` when ranks cannot have equal parts of a global batch."""
+def check_world_size(batch_size: int, world_size: int, *, group_rows: int = 1) -> None:
+    """Raise `UserError` when ranks cannot have equal parts of a global batch, of whole groups of rows."""
     if batch_size % world_size:
         raise UserError(
             f"--sampler.batch-size {batch_size} cannot be cut into {world_size} equal parts; "
             f"give a multiple of the number of processes"
+        )
+    if batch_size // world_size % group_rows:
+        raise UserError(
+            f"--sampler.batch-size {batch_size} gives each of {world_size} processes "
+            f"{batch_size // world_size} rows, and --augment.mix mixes {group_rows} at a time; give a "
+            f"multiple of {world_size * group_rows}"
         )
 
 

@@ -7,13 +7,16 @@ from small_loader import small_loader
 
 from mmrec.data.batches import (
     AugmentConfig,
+    PairBatch,
     PairDataset,
     Preprocess,
     View,
     number_products,
 )
-from mmrec.data.mixing import mix_rows
+from mmrec.data.mixing import GROUP_ROWS, mix_rows
+from mmrec.data.sampler import check_world_size
 from mmrec.data.shards import ShardReader, open_shards
+from mmrec.errors import UserError
 
 
 def rows(count: int, side: int = 20) -> dict[str, np.ndarray]:
@@ -92,18 +95,49 @@ def test_batches_are_mixed_alike_by_any_workers_and_lose_their_titles(tiny_shard
     assert torch.equal(mixed.product.images, plain.product.images)
 
 
-def _first_batch(reader: ShardReader, mix: float, workers: int):
-    dataset = PairDataset(
+def test_ranks_make_the_mixtures_of_one(tiny_shards) -> None:
+    reader = open_shards(tiny_shards, "contents", "train")
+
+    def batches(rank: int, world_size: int) -> list[PairBatch]:
+        rows = _dataset(reader, mix=0.8)
+        loader = small_loader(
+            rows, reader, batch_size=8, num_workers=0, rank=rank, world_size=world_size
+        )
+        return list(loader)
+
+    num_mixed = 0
+    for whole, *parts in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
+        pictures = torch.cat([part.content.pictures() for part in parts])
+        assert torch.equal(whole.content.pictures(), pictures)
+        text_mask = torch.cat([part.content.text_mask for part in parts])
+        assert torch.equal(whole.content.text_mask, text_mask)
+        for name in ("links", "weights"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(getattr(whole, name), joined)
+        num_mixed += int((whole.links[:, whole.links.shape[1] // 2] >= 0).sum())
+    assert num_mixed > 8
+    with pytest.raises(
+        UserError, match=r"12 gives each of 2 processes 6 rows, and --augment\.mix mixes 4"
+    ):
+        check_world_size(12, 2, group_rows=GROUP_ROWS)
+
+
+def _first_batch(reader: ShardReader, mix: float, workers: int) -> PairBatch:
+    rows = _dataset(reader, mix=mix)
+    return next(iter(small_loader(rows, reader, batch_size=4, num_workers=workers)))
+
+
+def _dataset(reader: ShardReader, *, mix: float) -> PairDataset:
+    return PairDataset(
         reader,
         number_products(reader.product_ids),
         preprocess=Preprocess(size=16),
         augment=AugmentConfig(mix=mix),
         num_frames=2,
         num_images=1,
-        num_epochs=1,
+        num_epochs=2,
         seed=0,
     )
-    return next(iter(small_loader(dataset, reader, batch_size=4, num_workers=workers)))
 
 
 def test_turning_and_erasing_leave_the_mean_behind() -> None:
