@@ -131,7 +131,8 @@ def stop_at_fault(
     raise UserError(
         f"step {first.step}: {first.reason}; its batch is in {run / BAD_BATCH}, the last good checkpoint is "
         f"{kept}; go on from there with --resume --accept-changes and a lower "
-        "--optimizer.learning-rate, or mend those samples"
+        "--optimizer.learning-rate; to leave contents out, take them from the tables, make the shards anew "
+        "and start a run with another --out"
     )
 
 

@@ -61,7 +61,9 @@ def test_the_bad_batch_is_written_and_named(tmp_path: Path) -> None:
     watch = FaultWatch(max_loss_ratio=0.0, check_norms=True)
     add(watch, 7, math.nan, content_product=2.0)
     ids = [f"c{number}" for number in range(200)]
-    with pytest.raises(UserError, match=r"step 7: loss is nan; its batch is in .*bad_batch\.json"):
+    with pytest.raises(
+        UserError, match=r"step 7: loss is nan; its batch is in .*bad_batch\.json.*shards anew"
+    ):
         stop_at_fault(
             watch, Agreement(), run=tmp_path, content_ids=ids, last_checkpoint=Path("x/step-5")
         )
