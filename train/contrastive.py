@@ -469,7 +469,7 @@ def main(config: TrainConfig) -> None:
         run = RunFolder(config.out, config, from_step=progress.step if checkpoint else None)
     sample_log = None
     if run and config.log_samples:
-        sample_log = SampleLog(config.out, epoch=progress.epoch, batch=progress.batch)
+        sample_log = SampleLog(run, epoch=progress.epoch, batch=progress.batch)
     if config.trackers:
         accelerator.init_trackers("mmrec")
     loader = pair_loader(

@@ -47,29 +47,34 @@ class RunFolder:
         self._warned = False
 
     def log(self, row: Mapping[str, float | int]) -> None:
-        """Append one line to metrics.jsonl, whole or not at all: a full disk is warned of, once."""
-        with self._going_on():
-            size = self.metrics_path.stat().st_size
+        """Append one line to metrics.jsonl, as `append` does."""
+        self.append(self.metrics_path, row)
+
+    def append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Append one line to a file, whole or not at all: a full disk is warned of, once."""
+        with self._going_on(path):
+            size = path.stat().st_size
             try:
-                with open(self.metrics_path, "a", encoding="utf-8") as file:
+                with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError:
-                os.truncate(self.metrics_path, size)
+                os.truncate(path, size)
                 raise
 
     def draw(self) -> None:
         """Draw curves.png anew from metrics.jsonl; a full disk is warned of, once."""
-        with self._going_on():
-            draw_curves(read_metrics(self.path), self.path / "curves.png")
+        path = self.path / "curves.png"
+        with self._going_on(path):
+            draw_curves(read_metrics(self.path), path)
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def _going_on(self, path: Path) -> Iterator[None]:
         # What a person watches is not worth the run.
         try:
             yield
         except OSError as error:
             if not self._warned:
-                print(f"warning: {error}; training goes on without it", file=sys.stderr)
+                print(f"warning: {path}: {error}; training goes on without it", file=sys.stderr)
             self._warned = True
 
 

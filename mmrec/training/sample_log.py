@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrec.training.run import read_json_lines
+from mmrec.manifest import write_whole
+from mmrec.training.run import RunFolder, read_json_lines
 
 FILE_NAME = "samples.jsonl"
 
@@ -18,20 +19,20 @@ FILE_NAME = "samples.jsonl"
 class SampleLog:
     """Appends to a run's samples.jsonl; only the main process holds one."""
 
-    def __init__(self, run: Path, *, epoch: int, batch: int) -> None:
+    def __init__(self, run: RunFolder, *, epoch: int, batch: int) -> None:
         """Open the file for a run whose next global batch is `batch` of `epoch`; (0, 0) starts afresh.
 
         Lines from there on are dropped, since those batches will come again.
         """
-        self._path = run / FILE_NAME
-        kept = [row for row in read_samples(run) if (row["epoch"], row["batch"]) < (epoch, batch)]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._run, self._path = run, run.path / FILE_NAME
+        rows = read_samples(run.path)
+        kept = [row for row in rows if (row["epoch"], row["batch"]) < (epoch, batch)]
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, *, epoch: int, batch: int, contents: Sequence[str]) -> None:
-        """Append one global batch."""
+        """Append one global batch; a full disk costs its line and a warning, as with metrics.jsonl."""
         row = {"epoch": epoch, "batch": batch, "contents": list(contents)}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._run.append(self._path, row)
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 
 from mmrec.errors import UserError
 from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
+from mmrec.training.sample_log import SampleLog, read_samples
 from mmrec.training.schedules import warmup_cosine
 
 
@@ -72,6 +73,8 @@ def test_a_full_disk_leaves_whole_lines_and_one_warning(
 ) -> None:
     run = RunFolder(tmp_path, Outer(folder=Path("a")), from_step=None)
     run.log({"step": 1, "loss": 1.0})
+    samples = SampleLog(run, epoch=0, batch=0)
+    samples.log(epoch=0, batch=0, contents=["c1"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Room for a few bytes more: the next line breaks off in its middle.
     size = run.metrics_path.stat().st_size
@@ -79,12 +82,15 @@ def test_a_full_disk_leaves_whole_lines_and_one_warning(
     try:
         run.log({"step": 2, "loss": 1.0})
         run.log({"step": 3, "loss": 1.0})
+        samples.log(epoch=0, batch=1, contents=["c" * size])
         run.draw()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     run.log({"step": 4, "loss": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4]
+    assert [row["batch"] for row in read_samples(tmp_path)] == [0]
     assert capsys.readouterr().err.count("training goes on without it") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+    names = {"config.json", "metrics.jsonl", "samples.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     run.draw()
     assert (tmp_path / "curves.png").exists()
