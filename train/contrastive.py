@@ -287,7 +287,7 @@ def check(config: TrainConfig) -> Path | None:
         inputs=[config.shards, *config.further_shards],
     )
     checkpoints = list_checkpoints(config.out)
-    if not config.resume and (config.out / "metrics.jsonl").exists():
+    if not config.resume and (checkpoints or (config.out / "metrics.jsonl").exists()):
         raise UserError(
             f"{config.out}: holds a run already; --resume goes on with it, or give another --out"
         )

@@ -244,6 +244,13 @@ def test_a_checkpoint_of_fsdp_is_not_read_without_it(
         program.main(replace(config, epochs=1, resume=True))
 
 
+def test_old_checkpoints_alone_are_a_run_too(program: ModuleType, config: Any, short: Path) -> None:
+    """Pruned by their steps they would outlive those of the run that begins."""
+    shutil.copytree(short / "checkpoints", config.out / "checkpoints")
+    with pytest.raises(UserError, match="holds a run already; --resume goes on with it"):
+        program.main(config)
+
+
 def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> None:
     """A terminal sends it to the whole group: to the trainer and to its loaders' processes."""
     flags = (
