@@ -67,7 +67,9 @@ from mmrec.model.widths import nested_loss
 from mmrec.retrieval.evaluation import Gallery, measure
 from mmrec.training.checkpoints import (
     Progress,
+    check_launch,
     list_checkpoints,
+    newest_checkpoint,
     read_progress,
     restore_checkpoint,
     save_checkpoint,
@@ -286,27 +288,31 @@ def check(config: TrainConfig) -> Path | None:
         overwrite=True,
         inputs=[config.shards, *config.further_shards],
     )
-    checkpoints = list_checkpoints(config.out)
-    if not config.resume and (checkpoints or (config.out / "metrics.jsonl").exists()):
+    if not config.resume and (
+        list_checkpoints(config.out) or (config.out / "metrics.jsonl").exists()
+    ):
         raise UserError(
             f"{config.out}: holds a run already; --resume goes on with it, or give another --out"
         )
-    if not config.resume or not checkpoints:
+    checkpoint = newest_checkpoint(config.out) if config.resume else None
+    if checkpoint is None:
         return None
-    earlier = read_config(config.out / "config.json", TrainConfig)
+    # Checkpoints of earlier versions hold no config.
+    home = checkpoint if (checkpoint / "config.json").exists() else config.out
+    earlier = read_config(home / "config.json", TrainConfig)
     free = {name: getattr(config, name) for name in FREE_ON_RESUME}
     changed = differing_fields(replace(earlier, **free), config)
     if config.accept_changes:
         changed = [field for field in changed if not field.startswith(MENDABLE)]
     if changed:
-        raise UserError(f"{config.out}: cannot resume with another config: {'; '.join(changed)}")
+        raise UserError(f"{checkpoint}: cannot resume with another config: {'; '.join(changed)}")
     shards = fingerprints_of_data(config)
-    before = read_progress(checkpoints[-1]).shards
+    before = read_progress(checkpoint).shards
     if shards != before:
         raise UserError(
             f"{config.out}: cannot resume on other shards: began on {before}, and {config.shards} is {shards}"
         )
-    return checkpoints[-1]
+    return checkpoint
 
 
 def fingerprints_of_data(config: TrainConfig) -> str:
@@ -393,6 +399,8 @@ def main(config: TrainConfig) -> None:
         # A batch may hold no title at all, and then the text tower has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if checkpoint:
+        check_launch(accelerator, checkpoint)
     check_world_size(
         config.sampler.batch_size,
         accelerator.num_processes,
@@ -463,7 +471,11 @@ def main(config: TrainConfig) -> None:
         restore_checkpoint(accelerator, checkpoint, seed=config.seed)
     else:
         progress = Progress(shards=fingerprints_of_data(config))
-    progress = replace(progress, world_size=accelerator.num_processes)
+    progress = replace(
+        progress,
+        world_size=accelerator.num_processes,
+        mixed_precision=accelerator.mixed_precision,
+    )
     run = None
     if accelerator.is_main_process:
         run = RunFolder(config.out, config, from_step=progress.step if checkpoint else None)

@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-Accelerate writes model, optimizer, scaler and random states; the place in the data is two integers.
+Accelerate writes model, optimizer, scaler and random states; the place in the data is two integers. The
+run's config.json and the sizes of all files are kept as well, to be compared before a run goes on.
 A checkpoint is written under a temporary name, flushed to the disk and renamed when whole, and only
 then are older ones removed: a full disk or a kill costs the new one alone.
 """
@@ -11,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -43,6 +44,10 @@ class Progress:
     """Fingerprint of the shards that the run reads."""
     world_size: int = 1
     """Ranks of the run when this was written."""
+    mixed_precision: str = ""
+    """The precision in effect, which Accelerate's own config may have chosen; empty if not recorded."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each other file of the checkpoint."""
 
 
 def save_checkpoint(accelerator: Accelerator, run: Path, progress: Progress, *, keep: int) -> Path:
@@ -62,7 +67,8 @@ def save_checkpoint(accelerator: Accelerator, run: Path, progress: Progress, *, 
         accelerator.save_state(str(temporary))
     with saving(run, temporary):
         if accelerator.is_main_process:
-            text = json.dumps(asdict(progress))
+            shutil.copy(run / "config.json", temporary)
+            text = json.dumps(asdict(replace(progress, sizes=_sizes(temporary))))
             (temporary / "progress.json").write_text(text, encoding="utf-8")
             _flush(temporary)
             shutil.rmtree(final, ignore_errors=True)
@@ -73,12 +79,45 @@ def save_checkpoint(accelerator: Accelerator, run: Path, progress: Progress, *, 
     return final
 
 
-def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, *, seed: int) -> None:
-    """Load a checkpoint; every rank calls this.
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
-    The weights, the optimizer and the batches to come do not depend on the number of ranks. Draws
-    inside the model (dropout) do: a rank that the checkpoint knows nothing of starts a stream of its own.
-    Raises `UserError` where one of the run and the checkpoint is FSDP's and the other is not.
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """A run's newest checkpoint, or None.
+
+    Raises `UserError` where it is damaged, and names the newest one that is whole.
+    """
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        return None
+    problem = _damage(checkpoints[-1])
+    if problem is None:
+        return checkpoints[-1]
+    good = next((c for c in reversed(checkpoints[:-1]) if _damage(c) is None), "none")
+    raise UserError(
+        f"{problem}; the last whole checkpoint is {good}: remove those after it, then go on with --resume"
+    )
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks of what was written, if anything."""
+    try:
+        sizes = read_progress(checkpoint).sizes
+    except UserError as error:
+        return str(error)
+    found = _sizes(checkpoint)
+    for name, size in sizes.items():
+        if found.get(name) != size:
+            return f"{checkpoint / name}: expected {size} bytes, found {found.get(name, 'no file')}"
+    return None
+
+
+def check_launch(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint whose run was launched in a way that changes what is learned.
+
+    Raises `UserError` where one of the two is FSDP's and the other is not, or their precisions differ.
     """
     sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
     if sharded != (accelerator.distributed_type == DistributedType.FSDP):
@@ -88,6 +127,21 @@ def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, *, seed: int)
             f"{checkpoint}: was written {written}, and this run was launched {launched}; launch it as "
             "before (train/launch/ has config files for both)"
         )
+    before = read_progress(checkpoint).mixed_precision
+    if before not in ("", accelerator.mixed_precision):
+        raise UserError(
+            f"{checkpoint}: cannot resume with another precision: mixed_precision {before!r} -> "
+            f"{accelerator.mixed_precision!r}; launch it as before (--mixed_precision of accelerate "
+            "launch, or ACCELERATE_MIXED_PRECISION)"
+        )
+
+
+def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, *, seed: int) -> None:
+    """Load a checkpoint; every rank calls this.
+
+    The weights, the optimizer and the batches to come do not depend on the number of ranks. Draws
+    inside the model (dropout) do: a rank that the checkpoint knows nothing of starts a stream of its own.
+    """
     accelerator.load_state(str(checkpoint))
     before, rank = read_progress(checkpoint).world_size, distributed.rank()
     if rank == 0 and before != distributed.world_size():

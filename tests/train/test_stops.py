@@ -24,7 +24,7 @@ from small_runs import small_run
 from mmrec.data.shards import open_shards
 from mmrec.errors import UserError
 from mmrec.training.checkpoints import list_checkpoints, read_progress
-from mmrec.training.run import read_metrics
+from mmrec.training.run import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -63,6 +63,14 @@ def learned(run: Path) -> list[dict[str, float]]:
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(list_checkpoints(run)[-1] / "model.safetensors")
+
+
+def forget(checkpoint: Path, name: str) -> None:
+    """Remove a file from a checkpoint as if it had never been written."""
+    (checkpoint / name).unlink()
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    del progress["sizes"][name]
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
 
 
 def at_call(number: int, act: Callable[[], None], function: Callable) -> Callable:
@@ -227,7 +235,7 @@ def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
         if checkpoint.name != "step-00000002":
             shutil.rmtree(checkpoint)
         else:
-            (checkpoint / "random_states_0.pkl").unlink()
+            forget(checkpoint, "random_states_0.pkl")
     program.main(replace(config, epochs=1, out=broken, resume=True))
     assert steps_of(broken)[-1] == "step-00000003"
     assert learned(broken)[-2:] == learned(short)[-2:]
@@ -238,10 +246,55 @@ def test_a_checkpoint_of_fsdp_is_not_read_without_it(
 ) -> None:
     shutil.copytree(short, config.out)
     last = list_checkpoints(config.out)[-1]
-    (last / "model.safetensors").unlink()
+    forget(last, "model.safetensors")
     (last / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(UserError, match="was written with FSDP, and this run was launched without"):
         program.main(replace(config, epochs=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "named"),
+    [
+        ("encoder", {"pooling": "attention"}, r"encoder\.pooling 'mean' -> 'attention'"),
+        ("optimizer", {"weight_decay": 0.3}, r"optimizer\.weight_decay [\d.]+ -> 0\.3"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(
+    program: ModuleType, config: Any, short: Path, part: str, changes: dict[str, Any], named: str
+) -> None:
+    shutil.copytree(short / "checkpoints", config.out / "checkpoints")
+    other = replace(config, epochs=1, resume=True)
+    other = replace(other, **{part: replace(getattr(other, part), **changes)})
+    # The folder's own run is the other one.
+    RunFolder(config.out, other, from_step=None)
+    with pytest.raises(UserError, match=rf"step-00000003: .* another config: {named}$"):
+        program.main(other)
+
+
+def test_a_checkpoint_of_another_precision_is_refused(
+    program: ModuleType, config: Any, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate's launcher chose it, so that the config says nothing of it."""
+    shutil.copytree(short, config.out)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match=r"step-00000003: .* mixed_precision 'no' -> 'bf16'"):
+        program.main(replace(config, epochs=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json"]
+)
+def test_half_a_file_is_found_and_the_whole_checkpoint_named(
+    program: ModuleType, config: Any, short: Path, name: str
+) -> None:
+    shutil.copytree(short, config.out)
+    resumed = replace(config, epochs=1, resume=True)
+    older, newest = list_checkpoints(config.out)
+    os.truncate(newest / name, (newest / name).stat().st_size // 2)
+    with pytest.raises(UserError, match=f"step-00000003.*the last whole checkpoint is {older}: "):
+        program.main(resumed)
+    shutil.rmtree(newest)
+    assert program.check(resumed) == older
 
 
 def test_old_checkpoints_alone_are_a_run_too(program: ModuleType, config: Any, short: Path) -> None:
