@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -38,11 +39,12 @@ class Run:
     pids: list[int]
     log: Path
 
-    def kill(self) -> None:
-        """SIGKILL to every rank, as losing the machine would."""
+    def kill(self) -> bool:
+        """SIGKILL to every rank, as losing the machine would; False where one was over sooner."""
         for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
-        self.wait()
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return all(status is None for status in self.wait())
 
     def alive(self) -> bool:
         """Whether any rank is still there."""

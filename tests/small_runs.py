@@ -1,5 +1,6 @@
-"""Settings of a small training run: see `small_run`."""
+"""Settings of a small training run (see `small_run`), and where a run began."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,3 +31,10 @@ def small_run(shards: Path, out: Path, **changes: Any) -> Any:
         }
         config = replace(config, **parts)
     return config
+
+
+def first_step(shown: str) -> int:
+    """The step that a run began after, as its bar showed it first: more than 0 if it was resumed."""
+    found = re.search(r"train: .*?\b(\d+)/\d+ \[", shown)
+    assert found, shown
+    return int(found[1])

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, load_program, reset_accelerate
 from safetensors.torch import load_file
-from small_runs import small_run
+from small_runs import first_step, small_run
 
 from mmrec.data.shards import open_shards
 from mmrec.errors import UserError
@@ -110,13 +110,18 @@ def test_a_signal_saves_and_the_resumed_run_ends_as_an_unbroken_one(
     assert (config.out / "curves.png").exists()
     # The command that it names.
     program.main(program.parse([str(config.out / "config.json"), "--resume"]))
+    assert first_step(capsys.readouterr().err) == 3
     assert learned(config.out) == learned(whole.out)
     ends = weights_of(config.out), weights_of(whole.out)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
 def test_a_nan_stops_the_run_names_its_batch_and_saves_nothing_bad(
-    program: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch, tiny_shards: Path
+    program: ModuleType,
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_shards: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     healthy = program.contrastive_loss
     seen: list[list[int]] = []
@@ -144,7 +149,9 @@ def test_a_nan_stops_the_run_names_its_batch_and_saves_nothing_bad(
     mended = replace(config, resume=True, optimizer=slower)
     with pytest.raises(UserError, match=r"another config: optimizer\.learning_rate"):
         program.main(mended)
+    capsys.readouterr()
     program.main(replace(mended, accept_changes=True))
+    assert first_step(capsys.readouterr().err) == 2
     assert steps_of(config.out)[-1] == "step-00000006"
     steps = [row for row in read_metrics(config.out) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 7))
@@ -227,7 +234,7 @@ def test_what_a_kill_left_half_written_is_swept_away(program: ModuleType, config
 
 
 def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
-    program: ModuleType, config: Any, short: Path
+    program: ModuleType, config: Any, short: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = config.out.with_name("broken")
     shutil.copytree(short, broken)
@@ -237,6 +244,7 @@ def test_a_checkpoint_from_fewer_ranks_has_no_random_states_for_the_others(
         else:
             forget(checkpoint, "random_states_0.pkl")
     program.main(replace(config, epochs=1, out=broken, resume=True))
+    assert first_step(capsys.readouterr().err) == 2
     assert steps_of(broken)[-1] == "step-00000003"
     assert learned(broken)[-2:] == learned(short)[-2:]
 

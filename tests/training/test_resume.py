@@ -4,10 +4,12 @@ The default takes a few combinations; `--kills 30` takes all of them, each with 
 """
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import load_program
-from forked_training import TrainingServer
+from forked_training import Run, TrainingServer
+from small_runs import first_step
 from written_shards import TINY_VIT, write_shards
 
 from mmrec.manifest import read_manifest
-from mmrec.training.checkpoints import list_checkpoints
+from mmrec.training.checkpoints import list_checkpoints, read_progress
 from mmrec.training.run import read_config, read_metrics
 from mmrec.training.sample_log import read_samples
 
@@ -105,27 +108,65 @@ def run_with_kills(
     """Kill every setting but the last one at a random step of what is left; resume with the next."""
     rng = np.random.default_rng(seed)
     out = folder / name
+
+    def start(setting: Setting, fail_at: int | None = None) -> Run:
+        flags = setting.flags(folder, out)
+        return server.start(flags, ranks=setting.ranks, log=folder / name, fail_at=fail_at)
+
+    out.mkdir()
+    reached = 0
     for setting in settings[:-1]:
-        seen = len(stream(out))
-        start = server.start(
-            setting.flags(folder, out), ranks=setting.ranks, log=folder / name, fail_at=fail_at
-        )
         if fail_at is None:
-            target = rng.integers(1, STEPS)
-            while start.alive() and not (len(stream(out)) >= target and len(stream(out)) != seen):
-                time.sleep(0.001)
-            # Anywhere within a step, or in the middle of writing a checkpoint.
-            time.sleep(rng.uniform(0, 0.05))
-            if start.alive():
-                start.kill()
+            begun = kill_at_random(partial(start, setting), out, reached=reached, rng=rng)
         else:
-            assert start.wait() == [1] * setting.ranks, start.text()
-            assert f"batch {fail_at} fails on purpose" in start.text()
-    last = server.start(
-        settings[-1].flags(folder, out), ranks=settings[-1].ranks, log=folder / name
-    )
+            begun = start(setting, fail_at)
+            assert begun.wait() == [1] * setting.ranks, begun.text()
+            assert f"batch {fail_at} fails on purpose" in begun.text()
+        assert first_step(begun.text()) == reached
+        reached = newest_step(out)
+        assert 0 < reached < STEPS
+    last = start(settings[-1])
     assert last.wait() == [0] * settings[-1].ranks, last.text()
+    assert first_step(last.text()) == reached
     return out
+
+
+def newest_step(run: Path) -> int:
+    return read_progress(list_checkpoints(run)[-1]).step
+
+
+def kill_at_random(
+    start: Callable[[], Run], out: Path, *, reached: int, rng: np.random.Generator
+) -> Run:
+    """Start a run, and kill it after its first checkpoint and a step, with two more to go or further.
+
+    Where it got too far before the kill, all is put back, and the next one is killed sooner.
+    """
+    before, seen = out.with_name(f"{out.name}-before"), len(stream(out))
+    shutil.rmtree(before, ignore_errors=True)
+    shutil.copytree(out, before)
+    target = int(rng.integers(reached + 1, STEPS - 1))
+    for attempt in range(8):
+        run = start()
+        await_batches(run, out, seen=seen, least=max(reached + 1, target - attempt))
+        # Anywhere within a step, or in the middle of writing a checkpoint.
+        time.sleep(rng.uniform(0, 0.05) / (attempt + 1))
+        if run.kill() and newest_step(out) <= STEPS - 3:
+            return run
+        shutil.rmtree(out)
+        shutil.copytree(before, out)
+    raise AssertionError(f"no run was killed in time: {run.text()}")
+
+
+def await_batches(run: Run, out: Path, *, seen: int, least: int) -> None:
+    """Wait until a run has a checkpoint and `least` batches; it drops some of the `seen` ones first."""
+    begun = False
+    while run.alive():
+        length = len(stream(out))
+        begun = begun or length != seen
+        if begun and length >= least and list_checkpoints(out):
+            return
+        time.sleep(0.001)
 
 
 def combinations(number: int) -> Sequence[tuple[str, int, int]]:
