@@ -312,15 +312,13 @@ def test_old_checkpoints_alone_are_a_run_too(program: ModuleType, config: Any, s
         program.main(config)
 
 
-def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> None:
-    """A terminal sends it to the whole group: to the trainer and to its loaders' processes."""
-    flags = (
-        "--encoder.image-size 32 --sampler.batch-size 8 --epochs 5000 --num-workers 2 --log-every 1"
-    )
+def start_long_run(config: Any, *command: str | Path, workers: int) -> subprocess.Popen[str]:
+    """Start a run in a group of processes of its own, and wait for its first steps."""
+    flags = "--encoder.image-size 32 --sampler.batch-size 8 --epochs 5000 --log-every 1"
     process = subprocess.Popen(
         [
-            *(sys.executable, "train/contrastive.py", "demo", *flags.split()),
-            *("--shards", str(config.shards), "--out", str(config.out)),
+            *(*command, "train/contrastive.py", "demo", *flags.split()),
+            *("--num-workers", str(workers), "--shards", config.shards, "--out", config.out),
         ],
         cwd=ROOT,
         stderr=subprocess.PIPE,
@@ -330,6 +328,12 @@ def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> Non
     until = time.monotonic() + 120
     while len(read_metrics(config.out)) < 4 and time.monotonic() < until:
         time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> None:
+    """A terminal sends it to the whole group: to the trainer and to its loaders' processes."""
+    process = start_long_run(config, sys.executable, workers=2)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, errors
@@ -338,3 +342,21 @@ def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> Non
     assert step == read_metrics(config.out)[-1]["step"] >= 3
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
+def test_a_sigterm_to_the_launcher_alone_saves_and_ends_the_run(config: Any) -> None:
+    launch = (Path(sys.executable).parent / "accelerate", "launch", "--quiet")
+    launch += ("--config_file", "accelerate_config.yaml")
+    process = start_long_run(config, *launch, workers=0)
+    process.terminate()
+    try:
+        # Until nobody holds the other end: the trainer is no child of this process.
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == -signal.SIGTERM
+    assert "stopped by SIGTERM" in errors
+    step = read_progress(list_checkpoints(config.out)[-1]).step
+    assert step == read_metrics(config.out)[-1]["step"] >= 3
