@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import tyro
 
 from mmrec.errors import UserError
+from mmrec.flags import refused_in_one_line
 
 Result = TypeVar("Result")
 Split = Literal["train", "val", "test"]
@@ -525,9 +526,9 @@ def _inspect_shards(
 
 
 def run_program(program: Callable[[], Result]) -> Result:
-    """Run a program; a `UserError` becomes one line on stderr and exit status 1."""
+    """Run a program; a `UserError`, or a refused flag, becomes one line on stderr and exit status 1."""
     try:
-        return program()
+        return refused_in_one_line(program)
     except UserError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
     except BrokenPipeError:
