@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 # Read as torch is imported. Threads that wait for the others of a layer by spinning take the cores of the
 # loader's processes: with anything else on the machine a step then takes up to five times as long.
@@ -64,6 +64,7 @@ from mmrec.model.losses import (
 from mmrec.model.negatives import split_negatives
 from mmrec.model.tuning import TuningConfig, tune
 from mmrec.model.widths import nested_loss
+from mmrec.ranges import Count, CountOrZero, NonNegative, Range, check_ranges
 from mmrec.retrieval.evaluation import Gallery, measure
 from mmrec.training.checkpoints import (
     Progress,
@@ -79,7 +80,7 @@ from mmrec.training.curves import summarize_curves
 from mmrec.training.ema import AveragedEncoder
 from mmrec.training.faults import FaultWatch, stop_at_fault, weights_are_finite
 from mmrec.training.flops import FlopCount, peak_flops
-from mmrec.training.gradient_cache import CacheConfig, cached_backward, check_cache
+from mmrec.training.gradient_cache import CacheConfig, cached_backward
 from mmrec.training.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from mmrec.training.progress import Stopwatch, bar_fields, memory_gib
 from mmrec.training.run import RunFolder, differing_fields, read_config, read_metrics
@@ -115,53 +116,53 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
-    ema: float | None = None
+    ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Decay of a moving average of the weights, which is then evaluated and exported; 0.999 is usual."""
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the training contents, each of as many rows as they are, less what fills no batch.
 
     Which contents are left out changes; a limit of rows a product and weights of sources show some
     contents more than once a pass, and others not at all."""
-    num_frames: int = 4
+    num_frames: Count = 4
     """Frames of a content in a training row, one drawn from each of as many equal spans."""
-    num_images: int = 1
+    num_images: Count = 1
     """Images of a product in a training row, drawn at random."""
     negatives: Path | None = None
     """A table of train/mine_negatives.py: rows bring products of it as columns that are no positives."""
-    num_negatives: int = 1
+    num_negatives: Count = 1
     """Hard negatives that a row brings, drawn from its list in the table."""
     share_negatives: bool = True
     """A hard negative is one for all rows of the global batch; off, for the row that brought it."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Batches whose gradients are added up before a step; each is a contrastive batch of its own."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None takes what accelerate's own config says."""
-    num_workers: int = 2
+    num_workers: CountOrZero = 2
     """Loader processes a rank; 0 loads in the training process."""
-    cpu_threads: int = 0
+    cpu_threads: CountOrZero = 0
     """Threads of a rank that trains on a CPU; 0 shares the cores out among the ranks."""
-    eval_every: int = 0
+    eval_every: CountOrZero = 0
     """Steps between evaluations on the val split; 0 evaluates at the end of each epoch."""
     best_metric: Literal["R@1", "R@5", "R@10", "MRR", "nDCG@10"] = "MRR"
     """The val metric whose best value picks the exported encoder."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints; there is one at the end in any case."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
     log_samples: bool = False
     """Write samples.jsonl: the contents of every global batch, as training consumed them."""
     trackers: tuple[str, ...] = ()
     """Names of Accelerate trackers to log to as well, such as tensorboard or wandb."""
-    max_loss_ratio: float = 0.0
+    max_loss_ratio: NonNegative = 0.0
     """Stop at a loss so many times the median of the last 100 batches; 0 stops at NaN and infinity alone."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`, or start if there is none."""
     accept_changes: bool = False
     """Resume with another learning rate, warm-up or clip norm than the run began with."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Starts the weights; the order of the data has a seed of its own in `sampler`."""
 
 
@@ -247,22 +248,7 @@ MENDABLE = tuple(f"optimizer.{name} " for name in ("learning_rate", "warmup", "c
 
 def check(config: TrainConfig) -> Path | None:
     """Find the checkpoint to go on from, and refuse what cannot work before any work is done."""
-    positive = ("epochs", "num_frames", "num_images", "accumulation", "log_every")
-    positive += ("checkpoint_every", "keep_checkpoints", "num_negatives")
-    limits = {name: (getattr(config, name), 1) for name in positive}
-    for name in ("num_workers", "cpu_threads", "eval_every", "seed", "max_loss_ratio"):
-        limits[name] = (getattr(config, name), 0)
-    limits["encoder.num_frames"] = (config.encoder.num_frames, 1)
-    for name in ("early_size", "late_size"):
-        if getattr(config.augment, name) is not None:
-            limits[f"augment.{name}"] = (getattr(config.augment, name), 16)
-    if config.encoder.image_size is not None:
-        limits["encoder.image_size"] = (config.encoder.image_size, 1)
-    if not 0 <= config.augment.early_share <= 1:
-        raise UserError(f"--augment.early-share {config.augment.early_share}: expected 0 to 1")
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    check_ranges(config)
     if config.loss.logq and (config.sampler.source_weights or config.sampler.group_by):
         raise UserError(
             "--loss.logq: how often a product is drawn is not known with --sampler.source-weights or "
@@ -275,7 +261,6 @@ def check(config: TrainConfig) -> Path | None:
         )
     if not active(config.objectives):
         raise UserError("--objectives: every weight is 0, so there is nothing to learn")
-    check_cache(config.cache)
     check_loss(config.loss, has_bias=config.encoder.start_bias is not None)
     known = [tracker.value for tracker in get_available_trackers()]
     for tracker in config.trackers:

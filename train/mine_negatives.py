@@ -13,7 +13,7 @@ content's own or nearly as near as its own, and prints the share of each reason.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -26,7 +26,9 @@ from mmrec.data.shards import open_sources
 from mmrec.errors import UserError
 from mmrec.manifest import check_output, new_folder, parent_of, read_manifest
 from mmrec.model.encoder import Encoder
+from mmrec.ranges import Count, CountOrZero, Range, check_ranges
 from mmrec.retrieval.embed import embed_rows, pick_device
+from mmrec.retrieval.faiss_base import new_base
 from mmrec.retrieval.index import ProductIndex
 from mmrec.retrieval.mining import keep_negatives
 
@@ -44,11 +46,11 @@ class MineConfig:
     """The folders that training reads: `--shards` and all `--further-shards` of train/contrastive.py."""
     out: Path
     """The folder to write."""
-    num_negatives: int = 8
+    num_negatives: Count = 8
     """At most so many products are kept for a content."""
-    depth: int = 64
+    depth: Count = 64
     """Nearest products looked at for each content."""
-    margin: float = 0.05
+    margin: Annotated[float, Range(0, 1, below=True)] = 0.05
     """A product is left out when its score is above (1 - margin) times that of the best own product."""
     products: Literal["linked", "all"] = "linked"
     """linked: those that some training content links to. all: the whole catalogue; a product without a
@@ -57,9 +59,9 @@ class MineConfig:
     """The FAISS index that is searched; Flat is exact, HNSW32 faster over millions of products."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Items encoded at a time."""
-    num_workers: int = 2
+    num_workers: CountOrZero = 2
     """Processes that read and decode; 0 does it in this one."""
     overwrite: bool = False
     """Replace the folder if it is there."""
@@ -119,15 +121,10 @@ def main(config: MineConfig) -> Path:
 
 def check(config: MineConfig) -> None:
     """Refuse what cannot work before any work is done."""
-    for name in ("num_negatives", "depth", "batch_size"):
-        if getattr(config, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(config, name)}: expected at least 1")
-    if not 0 <= config.margin < 1:
-        raise UserError(f"--margin {config.margin}: expected 0 to below 1")
+    check_ranges(config)
     if not config.shards:
         raise UserError("--shards: expected at least one folder")
-    read_manifest(config.encoder, "encoder")
+    new_base(read_manifest(config.encoder, "encoder").details["width"], config.factory)
     for folder in config.shards:
         read_manifest(folder, "shards")
     inputs = (config.encoder, *config.shards)

@@ -9,7 +9,7 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from mmrec.data.mixing import GROUP_ROWS, mix_rows
 from mmrec.data.negatives import HardNegatives
 from mmrec.data.sampler import RankBatches, Row, draw_some
 from mmrec.data.shards import ShardReader, frame_name, image_name, product_image_name
+from mmrec.ranges import Range, Share
 
 Tokenizer = Callable[[list[str]], Tensor]
 Image = UInt8[Tensor, "3 H W"]
@@ -98,35 +99,35 @@ class PairBatch:
 class AugmentConfig:
     """What training changes in a sample; every draw comes from (seed, epoch, sample)."""
 
-    min_scale: float = 0.5
+    min_scale: Share = 0.5
     """Smallest share of a picture's area that a random crop keeps; 1 turns cropping off."""
-    max_aspect: float = 4 / 3
+    max_aspect: Annotated[float, Range(1)] = 4 / 3
     """Largest stretch of a crop's sides, either way."""
-    flip: float = 0.5
+    flip: Share = 0.5
     """Probability of a mirror image; 0 where printed words matter."""
-    color: float = 0.2
+    color: Share = 0.2
     """Strength of brightness, contrast and saturation changes; 0 turns them off."""
-    rotate: float = 0.0
+    rotate: Annotated[float, Range(0, 180)] = 0.0
     """Largest rotation of a picture, either way, in degrees; what it uncovers is the picture's mean."""
-    erase: float = 0.0
+    erase: Share = 0.0
     """Probability that a rectangle of a picture is filled with its mean (Zhong et al. 2020)."""
-    mix: float = 0.0
+    mix: Share = 0.0
     """Probability that a rectangle of a content's pictures is another row's, with its links (CutMix).
 
     Rows are mixed within fours, by draws of (seed, epoch, the first row's sample). What is mixed has no
     title.
     """
-    modality_dropout: float = 0.1
+    modality_dropout: Share = 0.1
     """Probability that a side which has both pictures and a title loses one of them."""
-    early_size: int | None = None
+    early_size: Annotated[int, Range(16)] | None = None
     """Side of pictures in the early epochs, in pixels, for towers that take any size.
 
     Half the side costs a quarter of the time, and what is learned on small pictures carries over
     (progressive resizing: Howard 2018; Tan and Le 2021, EfficientNetV2). None trains at one size.
     """
-    early_share: float = 0.6
+    early_share: Share = 0.6
     """Share of the epochs that is at the early size, if there is one."""
-    late_size: int | None = None
+    late_size: Annotated[int, Range(16)] | None = None
     """Side of pictures in the other epochs, in pixels, likewise; None is the tower's own.
 
     A random crop shows things larger than they are in a whole picture, which a tower that is trained on
@@ -465,7 +466,7 @@ class _CollatePairs:
     tokenizer: Tokenizer
     max_links: int
     """Every batch is padded to this width, so that ranks can gather links as they are."""
-    mix: float = 0.0
+    mix: Share = 0.0
     seed: int = 0
 
     def __call__(self, pairs: list[_Pair]) -> PairBatch:

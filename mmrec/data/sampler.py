@@ -8,7 +8,7 @@ number of ranks or of loader workers sees the same batches, and a resume is two 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import overload
+from typing import Annotated, overload
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ from mmrec.data.dealing import (
     rows_of_sources,
 )
 from mmrec.errors import UserError
+from mmrec.ranges import Count, CountOrZero, Positive, Range, Share, check_ranges
 
 # Shape letters: S steps in an epoch, B rows in a global batch, N rows of an epoch, M links, P products.
 
@@ -32,9 +33,9 @@ _GROUPING, _MIXING = 2**31, 2**31 + 1
 class SamplerConfig:
     """How an epoch is cut into global batches."""
 
-    batch_size: int = 256
+    batch_size: Count = 256
     """Rows of a global batch, over all ranks."""
-    max_rows_per_product: int | None = None
+    max_rows_per_product: Count | None = None
     """At most this many rows of a global batch show the same product; None sets no limit.
 
     Rows over the limit wait for later batches, and earlier rows are shown again in their place. In an epoch
@@ -49,20 +50,20 @@ class SamplerConfig:
     group_by: str | None = None
     """A product attribute, such as category: part of each batch comes in groups of products that share
     its value, and so are harder to tell apart. None makes no groups."""
-    group_share: float = 0.5
+    group_share: Share = 0.5
     """Share of a batch's rows that comes in groups; less where too few rows share a value."""
-    group_size: int = 8
+    group_size: Annotated[int, Range(2)] = 8
     """Rows of a group."""
-    source_weights: tuple[float, ...] = ()
+    source_weights: tuple[Positive, ...] = ()
     """With several folders of shards, the weight of each in every batch; empty takes their sizes.
 
     An epoch has as many rows as all sources together. A source whose weight is more than its size is
     shown more than once in it, and a source that ends is shuffled anew and goes on; the batch in which it
     does may hold a content twice, with a link and a view drawn for each.
     """
-    window_shards: int = 64
+    window_shards: Count = 64
     """Shards whose samples are permuted together: larger mixes better, smaller reads closer together."""
-    seed: int = 0
+    seed: CountOrZero = 0
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,9 @@ class GlobalBatches:
     def _rows_of_sources(self) -> Int[np.ndarray, "S K"]:
         sizes = np.diff(self._source_starts)
         given = self.config.source_weights or tuple(sizes.tolist())
-        if len(given) != len(sizes) or min(given) <= 0:
+        if len(given) != len(sizes):
             raise UserError(
-                f"--sampler.source-weights {' '.join(map(str, given))}: expected a weight above 0 for each "
+                f"--sampler.source-weights {' '.join(map(str, given))}: expected a weight for each "
                 f"of the {len(sizes)} folders of shards"
             )
         counts = rows_of_sources(
@@ -363,13 +364,7 @@ def _starts(sizes: Sequence[int]) -> Int[np.ndarray, " N"]:
 
 
 def _check_ranges(config: SamplerConfig) -> None:
-    least = {"batch_size": 1, "window_shards": 1, "seed": 0, "group_size": 2}
-    if config.max_rows_per_product is not None:
-        least["max_rows_per_product"] = 1
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            flag = name.replace("_", "-")
-            raise UserError(f"--sampler.{flag} {getattr(config, name)}: expected at least {value}")
+    check_ranges(config, "sampler.")
     if config.group_by is None:
         return
     if not config.group_size <= config.group_share * config.batch_size <= config.batch_size:

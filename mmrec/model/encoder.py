@@ -35,6 +35,7 @@ from mmrec.model.layers import hold_frozen
 from mmrec.model.lora import count_parameters, merged_weights
 from mmrec.model.towers import build_tokenizer, build_towers
 from mmrec.model.widths import Views, check_widths, truncate
+from mmrec.ranges import Count, Positive
 
 Side = Literal["content", "product"]
 TowerOutputs = dict[Side, tuple[Float[Tensor, "_N D"], Float[Tensor, "_M D"]]]
@@ -59,13 +60,13 @@ class EncoderConfig:
     """A tag of that architecture (fetched by open_clip) or a local file of weights; empty for random ones."""
     pixels_of: str = ""
     """A tag of that architecture whose mean, std and resizing go with a local file of weights."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of the image tower's input in pixels; None keeps the architecture's own."""
     separate_towers: bool = False
     """Give products towers of their own, starting from equal weights, instead of sharing."""
-    num_frames: int = 8
+    num_frames: Count = 8
     """Frames of a content, and images of a product, that are looked at when embedding."""
-    start_scale: float = 1 / 0.07
+    start_scale: Positive = 1 / 0.07
     """Where the learned scale of similarities starts (CLIP's is 1/0.07)."""
     start_bias: float | None = None
     """Where the learned bias of the sigmoid loss starts (SigLIP's is -10); None has no bias."""

@@ -36,21 +36,22 @@ from mmrec.data.sampler import SamplerConfig
 from mmrec.errors import UserError
 from mmrec.model.encoder import Views
 from mmrec.model.logits import Entries, find_entries, logsumexps, softplus_sums
+from mmrec.ranges import Count, NonNegative, Share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objectives:
     """Edges between views, and how much each weighs; an edge of weight 0 is not computed."""
 
-    content_product: float = 1.0
+    content_product: NonNegative = 1.0
     """The fused content against the fused product: what retrieval uses."""
-    video_image: float = 0.0
+    video_image: NonNegative = 0.0
     """Frames alone against product images alone."""
-    title_title: float = 0.0
+    title_title: NonNegative = 0.0
     """Content title against product title."""
-    video_title: float = 0.0
+    video_title: NonNegative = 0.0
     """Frames against the content's own kind of title."""
-    image_title: float = 0.0
+    image_title: NonNegative = 0.0
     """Product images against the product's title."""
 
 
@@ -77,7 +78,7 @@ class LossConfig:
     that show the product drawn for the row; the content's other products are neither positive nor negative.
     diagonal: the row's own column alone, and every other column is a negative, as in CLIP: for studies.
     """
-    logq: float = 0.0
+    logq: Share = 0.0
     """Strength, 0 to 1, of the correction for how often a product is a column (Yi et al. 2019).
 
     From the logit of a product's column is subtracted logq times the log of the number of columns that
@@ -85,7 +86,7 @@ class LossConfig:
     columns estimates the sum over a catalogue in which each product stands once; at 0 popular products
     are pushed away as often as they are drawn.
     """
-    chunk_rows: int = 256
+    chunk_rows: Count = 256
     """Rows whose logits are held at once, by as many columns as the global batch has; the loss is the same.
 
     On a CPU a chunk that stays in the cache is fastest: benchmarks/contrastive_loss.py.
@@ -342,10 +343,6 @@ def active(objectives: Objectives) -> Mapping[str, float]:
 
 def check_loss(config: LossConfig, *, has_bias: bool) -> None:
     """Refuse what cannot work, with a `UserError`."""
-    if config.chunk_rows < 1:
-        raise UserError(f"--loss.chunk-rows {config.chunk_rows}: expected at least 1")
-    if not 0 <= config.logq <= 1:
-        raise UserError(f"--loss.logq {config.logq}: expected 0 to 1")
     if config.kind == "sigmoid" and not has_bias:
         raise UserError(
             "--loss.kind sigmoid learns a bias, and the encoder has none: "

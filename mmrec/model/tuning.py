@@ -10,6 +10,7 @@ from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 from mmrec.model.layers import hold_frozen, layer_depths
 from mmrec.model.lora import add_lora
+from mmrec.ranges import CountOrZero, check_ranges
 
 Layers = int | Literal["all"]
 
@@ -22,7 +23,7 @@ class TuningConfig:
     """Layers of the image tower, from its input, that keep their weights; all locks it (LiT)."""
     frozen_text_layers: Layers = 0
     """The same for the text tower. The stem is one layer, each block or stage one, the projection one."""
-    lora_rank: int = 0
+    lora_rank: CountOrZero = 0
     """Rank of low-rank adapters, which then learn instead of the towers' weights; 0 for none."""
     checkpoint_towers: bool = False
     """Compute activations again in backward instead of keeping them: less memory, a third more time.
@@ -38,8 +39,7 @@ def tune(encoder: Encoder, config: TuningConfig) -> None:
     Locked towers are those of LiT (Zhai et al. 2022). Raises `UserError` for more layers than a tower has,
     and for a tower that cannot be cut, adapted or checkpointed.
     """
-    if config.lora_rank < 0:
-        raise UserError(f"--tuning.lora-rank {config.lora_rank}: expected at least 0")
+    check_ranges(config, "tuning.")
     for kind, tower in _towers(encoder):
         layers = config.frozen_image_layers if kind == "image" else config.frozen_text_layers
         frozen = frozen_names(tower, layers, flag=f"--tuning.frozen-{kind}-layers")

@@ -2,7 +2,6 @@
 
 from timm.utils.model_ema import ModelEmaV3
 
-from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 
 
@@ -20,9 +19,7 @@ class AveragedEncoder(ModelEmaV3):
     module: Encoder
 
     def __init__(self, encoder: Encoder, decay: float) -> None:
-        """Start from the encoder as it is; raises `UserError` unless 0 < decay < 1."""
-        if not 0 < decay < 1:
-            raise UserError(f"--ema {decay}: expected a decay between 0 and 1, such as 0.999")
+        """Start from the encoder as it is, with a decay between 0 and 1."""
         super().__init__(encoder, decay=decay, use_warmup=True)
         self.module.requires_grad_(False)
         self.module.eval()

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmrec.data.batches import ItemBatch, PairBatch
-from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder, Side, TowerOutputs, Views
+from mmrec.ranges import CountOrZero
 
 Losses = dict[str, Float[Tensor, ""]]
 _SIDES: tuple[Side, ...] = ("content", "product")
@@ -37,24 +37,17 @@ class CacheConfig:
     What is 0 goes through its tower in one piece and only once, which is faster where it fits.
     """
 
-    frames: int = 0
+    frames: CountOrZero = 0
     """Frames of contents in a chunk, on each rank."""
-    images: int = 0
+    images: CountOrZero = 0
     """Images of products in a chunk."""
-    texts: int = 0
+    texts: CountOrZero = 0
     """Titles in a chunk, of either side."""
 
     @property
     def on(self) -> bool:
         """Whether anything is cached."""
         return bool(self.frames or self.images or self.texts)
-
-
-def check_cache(config: CacheConfig) -> None:
-    """Refuse chunk sizes below 0."""
-    for name, size in vars(config).items():
-        if size < 0:
-            raise UserError(f"--cache.{name} {size}: expected at least 0; 0 caches nothing")
 
 
 def cached_backward(

@@ -1,31 +1,31 @@
 """AdamW over what learns, with a learning rate that may fall from a tower's output to its input."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 from mmrec.model.layers import layer_depths
+from mmrec.ranges import NonNegative, Positive, Range, Share, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW, a linear warm-up and half a cosine."""
 
-    learning_rate: float = 1e-3
+    learning_rate: NonNegative = 1e-3
     """The peak."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """On matrices and kernels; not on biases, norms or the scale."""
-    beta2: float = 0.98
+    beta2: Annotated[float, Range(0, 1, below=True)] = 0.98
     """AdamW's second moment; below the usual 0.999 because batches of a contrastive loss vary."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of all steps over which the learning rate rises."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest norm of the gradient; larger ones are scaled down."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Factor on the learning rate a layer further from a tower's output; 0.65 to 0.9 keeps pretrained
     layers, and 1 gives every layer the same."""
 
@@ -34,8 +34,9 @@ def build_optimizer(encoder: Encoder, config: OptimizerConfig) -> torch.optim.Ad
     """AdamW on what learns, with weight decay where a weight has at least two dimensions.
 
     A group's "lr_scale" is its factor on the learning rate; the first group's is 1. Frozen weights are in
-    no group, so they have no state.
+    no group, so they have no state. Raises `UserError` for a setting out of its range.
     """
+    check_ranges(config, "optimizer.")
     scales = learning_rate_scales(encoder, config.layer_decay)
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, weight in encoder.named_parameters():
@@ -70,10 +71,8 @@ def learning_rate_scales(encoder: Encoder, layer_decay: float) -> dict[str, floa
         scale = layer_decay ** (last - layer)
 
     As in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2022); the projection has 1, and so has
-    everything that is not in a tower. Raises `UserError` out of range and where layers cannot be counted.
+    everything that is not in a tower. Raises `UserError` where layers cannot be counted.
     """
-    if not 0 < layer_decay <= 1:
-        raise UserError(f"--optimizer.layer-decay {layer_decay}: expected more than 0, at most 1")
     if layer_decay == 1:
         return {}
     scales = {}

@@ -76,14 +76,17 @@ def test_the_table_is_that_of_a_search_by_hand(
 
 
 def test_settings_out_of_range_are_refused(folder: Path, tmp_path: Path) -> None:
+    program = load_program("train/mine_negatives.py")
     for changes, message in (
         ({"margin": 1.0}, r"--margin 1\.0: expected 0 to below 1"),
         ({"depth": 0}, "--depth 0: expected at least 1"),
+        ({"num_workers": -1}, "--num-workers -1: expected at least 0"),
+        ({"factory": "Flt"}, "'Flt' is not a FAISS factory"),
         ({"shards": (tmp_path / "no",)}, "no such folder"),
     ):
+        places = {"encoder": folder / "encoder", "shards": (folder / "shards",)} | changes
         with pytest.raises(UserError, match=message):
-            mine(folder, tmp_path / "negatives", **changes)
-    assert not (tmp_path / "negatives").exists()
+            program.check(program.MineConfig(out=tmp_path / "negatives", **places))
 
 
 def losses_of(

@@ -143,7 +143,7 @@ def test_adapters_train_and_leave_a_plain_encoder(tiny_shards: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ema": 1.0}, "--ema 1.0: expected a decay between 0 and 1"),
+        ({"ema": 1.0}, "--ema 1.0: expected more than 0, below 1"),
         ({"encoder": {"widths": (64, 32)}}, r"encoder\.widths 64 32: expected ascending"),
         ({"encoder": {"widths": (256,)}}, r"encoder\.widths 256: .* from 1 to 128"),
         ({"encoder": {"towers": "mmrec-smal"}}, r"not known.*close: .*mmrec-small"),

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from small_towers import random_items, random_pairs, small_encoder
 
-from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 from mmrec.model.losses import Objectives, contrastive_loss
 from mmrec.model.tuning import TuningConfig, tune
@@ -75,9 +73,3 @@ def test_frozen_weights_stay_bit_for_bit(tmp_path: Path) -> None:
         average.update(encoder, t)
     after = average.module.image_tower.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0, -1.0])
-def test_a_decay_out_of_range_is_refused(decay: float, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a decay between 0 and 1"):
-        AveragedEncoder(small_encoder(tmp_path), decay)

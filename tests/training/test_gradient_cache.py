@@ -13,11 +13,10 @@ from torch import Tensor
 from written_shards import TINY_VIT, write_shards
 
 from mmrec.data.batches import ItemBatch, PairBatch
-from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder, EncoderConfig, Side, TowerOutputs, Views
 from mmrec.model.losses import Objectives, contrastive_loss
 from mmrec.training.checkpoints import list_checkpoints
-from mmrec.training.gradient_cache import CacheConfig, cached_backward, check_cache
+from mmrec.training.gradient_cache import CacheConfig, cached_backward
 from mmrec.training.run import read_metrics
 
 ROWS = 7
@@ -191,11 +190,6 @@ def test_a_frozen_tower_gets_no_gradient(batch: PairBatch, tmp_path: Path) -> No
     encoder.image_tower.requires_grad_(requires_grad=False)
     config = CacheConfig(frames=2, images=2, texts=2)
     assert_same(cached(encoder, batch, config), in_one_piece(encoder, batch))
-
-
-def test_sizes_below_zero_are_refused() -> None:
-    with pytest.raises(UserError, match=r"--cache\.images -1: expected at least 0"):
-        check_cache(CacheConfig(images=-1))
 
 
 # --- whole runs --------------------------------------------------------------------------------
