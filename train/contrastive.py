@@ -358,18 +358,21 @@ def open_training(config: TrainConfig) -> TrainingRows:
 
 def check_sizes(encoder: Encoder, config: TrainConfig) -> None:
     """Refuse training sizes that the image tower cannot take: most vision transformers take one size."""
-    for name in ("early_size", "late_size"):
-        size = getattr(config.augment, name)
+    sizes = {
+        "--encoder.image-size": encoder.preprocess.size,
+        "--augment.early-size": config.augment.early_size,
+        "--augment.late-size": config.augment.late_size,
+    }
+    for flag, size in sizes.items():
         if not size:
             continue
         try:
             with torch.no_grad():
                 encoder.eval().image_tower(torch.zeros(1, 3, size, size))
         except Exception as error:  # each architecture complains in its own way
-            flag = f"--augment.{name.replace('_', '-')} {size}"
             raise UserError(
-                f"{flag}: {config.encoder.towers} cannot take pictures of that size "
-                f"({str(error).splitlines()[0][:100]}); leave it out to train at {encoder.preprocess.size}"
+                f"{flag} {size}: {config.encoder.towers} cannot take pictures of that size "
+                f"({str(error).splitlines()[0][:100]}); expected the size that it was made for"
             ) from None
 
 

@@ -58,17 +58,17 @@ def build_towers(
     random weights. A tag also says how pictures are prepared; `pixels_of` names one for a local file.
     `model_config` stands in for the name's own, as a saved encoder's does.
 
-    Raises `UserError` for an unknown name, an unknown tag, and weights that do not fit.
+    Raises `UserError` for an unknown name or tag, a config that cannot be built, and weights that do not fit.
     """
-    name = _register(name, model_config)
+    given, name = name, _register(name, model_config)
     tags = open_clip.list_pretrained_tags_by_model(name)
     listed = f"its tags: {', '.join(tags) or 'none'}"
     if pretrained and not Path(pretrained).is_file() and pretrained not in tags:
         raise UserError(
-            f"pretrained '{pretrained}' is neither a file nor a tag of {name}; {listed}"
+            f"pretrained '{pretrained}' is neither a file nor a tag of {given}; {listed}"
         )
     if pixels_of and pixels_of not in tags:
-        raise UserError(f"pixels-of '{pixels_of}' is not a tag of {name}; {listed}")
+        raise UserError(f"pixels-of '{pixels_of}' is not a tag of {given}; {listed}")
     try:
         # Text and image parts in modules of their own, whatever layout the architecture is written in.
         with _quiet_about_random_weights():
@@ -80,13 +80,14 @@ def build_towers(
                 pretrained_text=False,
             )
     except Exception as error:  # a file that holds something else raises whatever its reader met
-        if not pretrained:
+        if not pretrained and image_size is None and not given.endswith(".json"):
             raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"pretrained '{pretrained}' does not fit {name}: {reason[:300]}") from None
+        # Its first sentence: torch goes on to recommend loading files without caution.
+        reason = " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__
+        raise UserError(_complaint(given, pretrained, image_size) + reason) from None
     config = open_clip.get_model_config(name)
     if config is None:
-        raise UserError(f"towers '{name}': open_clip has no model config for it")
+        raise UserError(f"towers '{given}': open_clip has no model config for it")
     pixels: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
     if pixels_of:
         told = open_clip.get_pretrained_cfg(name, pixels_of)
@@ -113,6 +114,18 @@ def build_towers(
 def build_tokenizer(name: str, model_config: Mapping[str, Any] | None = None) -> Tokenizer:
     """The tokenizer that belongs to an architecture; some are fetched from a hub by open_clip."""
     return open_clip.get_tokenizer(_register(name, model_config))
+
+
+def _complaint(given: str, pretrained: str, image_size: int | None) -> str:
+    if pretrained and Path(pretrained).is_file():
+        return (
+            f"pretrained '{pretrained}' does not fit {given}: expected its state dict in open_clip's names, "
+            "by torch.save or as .safetensors; found "
+        )
+    if pretrained:
+        return f"the weights '{pretrained}' of {given} cannot be loaded: "
+    at_size = f" with an image size of {image_size}" if image_size else ""
+    return f"towers '{given}'{at_size}: expected a model config that open_clip can build; found "
 
 
 @contextmanager
@@ -161,11 +174,13 @@ def _read_model_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a model config: {error}") from None
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
-        raise UserError(
-            f"{path}: a model config in open_clip's format has {missing[0]}; found none"
-        )
+    for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
+        found = config.get(key) if isinstance(config, dict) else None
+        if not isinstance(found, kind) or found == 0:
+            raise UserError(
+                f"{path}: a model config in open_clip's format has {key}, "
+                f"{'a number above 0' if kind is int else 'an object'}; found {json.dumps(found)}"
+            )
     return config
 
 

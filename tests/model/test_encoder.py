@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -289,10 +290,38 @@ def test_unknown_names_are_refused(config: EncoderConfig, message: str) -> None:
 
 def test_weights_that_do_not_fit_are_refused(vit_config: Path, tmp_path: Path) -> None:
     save_open_clip_weights(vit_config, tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="does not fit mmrec-tiny"):
+    with pytest.raises(UserError, match="does not fit mmrec-tiny: expected its state dict"):
         Encoder(
             EncoderConfig(towers="mmrec-tiny", pretrained=str(tmp_path / "weights.safetensors"))
         )
+
+
+def test_complaints_name_the_path_that_was_given(vit_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no weights")
+    for settings, message in (
+        ({"pretrained": str(tmp_path / "notes.txt")}, "does not fit {}: expected its state dict"),
+        ({"pretrained": "laion"}, "neither a file nor a tag of {};"),
+        ({"pixels_of": "laion"}, "not a tag of {};"),
+    ):
+        with pytest.raises(UserError, match=message.format(vit_config)):
+            build_towers(str(vit_config), **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embed_dim": "ten"}, 'has embed_dim, a number above 0; found "ten"'),
+        ({"vision_cfg": 3}, "has vision_cfg, an object; found 3"),
+        ({"text_cfg": {"width": 17, "heads": 2}}, "expected a model config .* divisible by"),
+        ({"vision_cfg": {"paths": 3}}, "expected a model config .* argument 'paths'"),
+    ],
+)
+def test_a_model_config_that_is_wrong_inside_is_refused(
+    changes: dict[str, Any], message: str, vit_config: Path
+) -> None:
+    vit_config.write_text(json.dumps(json.loads(vit_config.read_text()) | changes))
+    with pytest.raises(UserError, match=f"{vit_config}.*{message}"):
+        build_towers(str(vit_config))
 
 
 def test_a_saved_encoder_needs_no_model_config_file(vit_config: Path, tmp_path: Path) -> None:

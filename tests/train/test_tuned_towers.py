@@ -13,6 +13,7 @@ from conftest import load_program
 from safetensors.torch import load_file
 from small_runs import small_run
 from small_towers import small_encoder
+from written_shards import TINY_VIT
 
 from mmrec import Matcher, cli
 from mmrec.errors import UserError
@@ -157,6 +158,19 @@ def test_what_cannot_work_is_refused_before_any_work(
 ) -> None:
     config = small_run(tiny_shards, tmp_path / "run", **changes)
     with pytest.raises(UserError, match=message):
+        load_program("train/contrastive.py").main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_the_tower_cannot_take_is_refused_before_any_work(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    towers = tmp_path / "vit.json"
+    towers.write_text(json.dumps(TINY_VIT))
+    config = small_run(
+        tiny_shards, tmp_path / "run", encoder={"towers": str(towers), "image_size": 4}
+    )
+    with pytest.raises(UserError, match=r"--encoder\.image-size 4: .*vit\.json cannot take"):
         load_program("train/contrastive.py").main(config)
     assert not (tmp_path / "run").exists()
 
