@@ -99,7 +99,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_config(path: Path, kind: type[Config]) -> Config:
     """Read a run's config.json back into its dataclass.
 
-    Raises `UserError` when the file cannot be read, or has a field that the dataclass has not.
+    Raises `UserError` when the file cannot be read, and for a field that the dataclass has not, or has of
+    another type.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -108,31 +109,58 @@ def read_config(path: Path, kind: type[Config]) -> Config:
     return _from_dict(kind, raw, path)
 
 
-def _from_dict(kind: Any, raw: Any, path: Path) -> Any:
+def _from_dict(kind: Any, raw: Any, path: Path, prefix: str = "") -> Any:
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{path}: expected an object for {kind.__name__}, found {type(raw).__name__}"
-        )
+        raise UserError(f"{path}: expected an object for {kind.__name__}, found {json.dumps(raw)}")
     hints = typing.get_type_hints(kind)
     unknown = set(raw) - {field.name for field in fields(kind)}
     if unknown:
         raise UserError(f"{path}: {kind.__name__} has no field '{min(unknown)}'")
     try:
-        return kind(**{name: _value(hints[name], value, path) for name, value in raw.items()})
+        return kind(
+            **{
+                name: _value(hints[name], value, path, f"{prefix}{name}")
+                for name, value in raw.items()
+            }
+        )
     except TypeError as error:
         raise UserError(f"{path}: not a whole {kind.__name__}: {error}") from None
 
 
-def _value(hint: Any, value: Any, path: Path) -> Any:
-    if value is None:
-        return None
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+def _value(hint: Any, value: Any, path: Path, name: str) -> Any:
+    """A field's value as its type has it; raises `UserError` where JSON's is of another one."""
     if is_dataclass(hint):
-        return _from_dict(hint, value, path)
-    if typing.get_origin(hint) is tuple:
-        return tuple(_value(typing.get_args(hint)[0], part, path) for part in value)
-    return Path(value) if hint is Path else value
+        return _from_dict(hint, value, path, f"{name}.")
+    for option in _options(hint):
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            part = typing.get_args(option)[0]
+            return tuple(_value(part, found, path, name) for found in value)
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
+            return value
+        # A whole number in JSON may be a float; true and false are none of either.
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    wanted = " or ".join(_shown(option) for option in _options(hint))
+    raise UserError(f"{path}: {name}: expected {wanted}, found {json.dumps(value)}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _shown(hint: Any) -> str:
+    """A type in words of JSON's reader."""
+    if hint is types.NoneType:
+        return "null"
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(json.dumps, typing.get_args(hint)))
+    parts = [part for part in typing.get_args(hint) if part is not ...]
+    return f"a list of {_shown(parts[0])}" if parts else hint.__name__
 
 
 def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:

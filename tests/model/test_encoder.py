@@ -298,11 +298,12 @@ def test_weights_that_do_not_fit_are_refused(vit_config: Path, tmp_path: Path) -
 
 def test_complaints_name_the_path_that_was_given(vit_config: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no weights")
-    for settings, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"pretrained": str(tmp_path / "notes.txt")}, "does not fit {}: expected its state dict"),
         ({"pretrained": "laion"}, "neither a file nor a tag of {};"),
         ({"pixels_of": "laion"}, "not a tag of {};"),
-    ):
+    )
+    for settings, message in cases:
         with pytest.raises(UserError, match=message.format(vit_config)):
             build_towers(str(vit_config), **settings)
 

@@ -5,6 +5,7 @@ import math
 import resource
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -17,7 +18,8 @@ from mmrec.training.schedules import warmup_cosine
 @dataclass(frozen=True, kw_only=True)
 class Inner:
     rate: float = 0.5
-    limit: int | None = None
+    # Written so, a type that may be None comes back as typing's kind of union.
+    limit: Annotated[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Outer:
     folder: Path
     inner: Inner = field(default_factory=Inner)
     names: tuple[str, ...] = ()
+    kind: Literal["a", "b"] = "a"
 
 
 def test_warmup_rises_in_a_line_and_the_cosine_ends_at_its_floor() -> None:
@@ -50,6 +53,33 @@ def test_a_config_with_a_field_too_many_is_refused(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read as a config"):
         read_config(path, Outer)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"inner": {"limit": "ten"}}, r'inner\.limit: expected int or null, found "ten"'),
+        ({"inner": {"limit": True}}, r"inner\.limit: expected int or null, found true"),
+        ({"inner": {"rate": None}}, r"inner\.rate: expected float, found null"),
+        ({"inner": 3}, "expected an object for Inner, found 3"),
+        ({"names": "x"}, 'names: expected a list of str, found "x"'),
+        ({"names": [1]}, "names: expected str, found 1"),
+        ({"kind": "c"}, 'kind: expected "a" or "b", found "c"'),
+        ({"folder": 3}, "folder: expected Path, found 3"),
+    ],
+)
+def test_a_config_with_a_value_of_another_type_is_refused(
+    raw: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"folder": "a"} | raw))
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        read_config(path, Outer)
+
+
+def test_a_whole_number_may_stand_for_a_float(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"folder": "a", "inner": {"rate": 2}}')
+    assert read_config(tmp_path / "config.json", Outer).inner.rate == 2.0
 
 
 def test_differing_fields_are_named_with_both_values() -> None:
