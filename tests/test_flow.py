@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, load_program, run
-from small_runs import small_run
+from small_runs import first_step, small_run
 
 from mmrec import cli
 from mmrec.errors import UserError
@@ -138,7 +138,9 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_where_an_unbroken_one_does(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = load_program("train/contrastive.py")
     config = small_run(
         tiny_shards, tmp_path / "whole", epochs=3, checkpoint_every=2, keep_checkpoints=99
@@ -149,7 +151,9 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_shards: Path, tmp_pa
     shutil.copytree(config.out, broken)
     for checkpoint in list_checkpoints(broken)[2:]:
         shutil.rmtree(checkpoint)
+    capsys.readouterr()
     program.main(replace(config, out=broken, resume=True))
+    assert first_step(capsys.readouterr().err) == 4
     whole, resumed = (
         [{k: row[k] for k in ("step", "loss", "lr", "scale")} for row in rows if "loss" in row]
         for rows in (read_metrics(config.out), read_metrics(broken))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import load_program
 from safetensors.torch import load_file
-from small_runs import small_run
+from small_runs import first_step, small_run
 from small_towers import small_encoder
 from written_shards import TINY_VIT
 
@@ -26,7 +26,9 @@ from mmrec.training.run import read_metrics
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-def test_an_averaged_run_resumes_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> None:
+def test_an_averaged_run_resumes_bit_for_bit(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = load_program("train/contrastive.py")
     config = small_run(
         tiny_shards,
@@ -44,7 +46,9 @@ def test_an_averaged_run_resumes_bit_for_bit(tiny_shards: Path, tmp_path: Path) 
     shutil.copytree(config.out, broken)
     for checkpoint in list_checkpoints(broken)[1:]:
         shutil.rmtree(checkpoint)
+    capsys.readouterr()
     program.main(replace(config, out=broken, resume=True))
+    assert first_step(capsys.readouterr().err) == 2
     whole, resumed = (
         [{k: v for k, v in row.items() if k.startswith(("step", "loss", "val"))} for row in rows]
         for rows in (read_metrics(config.out), read_metrics(broken))

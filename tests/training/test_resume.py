@@ -155,7 +155,7 @@ def kill_at_random(
             return run
         shutil.rmtree(out)
         shutil.copytree(before, out)
-    raise AssertionError(f"no run was killed in time: {run.text()}")
+    raise AssertionError(f"{out}: no run was killed in time")
 
 
 def await_batches(run: Run, out: Path, *, seen: int, least: int) -> None:
