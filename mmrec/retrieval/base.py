@@ -1,6 +1,7 @@
 """Base: the immutable part of a generation, in memory or mapped from its files.
 
-Shape letters: Q queries, N rows, M rows asked for, K matches, D width, I indexed width.
+Shape letters: Q queries, N rows, M rows asked for, K matches, D width, I indexed width, L inverted
+lists.
 """
 
 import threading
@@ -11,16 +12,19 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float16, Float32, Int64
+from jaxtyping import Bool, Float16, Float32, Int32, Int64
 
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, read_manifest
 from mmrec.retrieval.exact import WIDE, Found
 from mmrec.retrieval.faiss_base import (
+    core_of,
     flat_matrix,
     keeps_vectors,
     read_base,
     reconstruct,
+    row_lists,
+    search_all,
     write_base,
 )
 from mmrec.retrieval.generations import (
@@ -68,7 +72,7 @@ class Base:
     def search(self, queries: Float32[np.ndarray, "Q I"], k: int) -> Found:
         """The k nearest rows, dead ones too."""
         if self.searcher is None or k > largest_k(self.searcher):
-            return self.index.search(queries, k)
+            return search_all(self.index, queries, k)
         with self.lock:  # a GPU index has one scratch space for all threads
             return self.searcher.search(queries, k)
 
@@ -92,6 +96,19 @@ class Base:
         if self.searcher is not None or self.record.indexed_width >= WIDE:
             return None
         return flat_matrix(self.index)
+
+    @cached_property
+    def row_lists(self) -> Int32[np.ndarray, " N"] | None:
+        """The inverted list of each row; None for an index without lists."""
+        return row_lists(self.index)
+
+    def lists_with(self, rows: Bool[np.ndarray, " N"]) -> Bool[np.ndarray, " L"] | None:
+        """The inverted lists that hold any of some rows; None for an index without lists."""
+        if self.row_lists is None:
+            return None
+        found = np.zeros(core_of(self.index).nlist, bool)
+        found[self.row_lists[rows]] = True
+        return found
 
     @cached_property
     def exact(self) -> bool:

@@ -1,6 +1,6 @@
 """What an index asks of FAISS: build by factory string, map from the disk, search some rows, carry rows over.
 
-Shape letters: Q queries, N rows of the base, M rows asked for, K matches, D width.
+Shape letters: Q queries, N rows of the base, M rows asked for, K matches, D width, L inverted lists.
 
 FAISS's kinds of index differ in what they can do: some take no selector, HNSW cannot forget a row, an
 inverted file renumbers nothing. The differences end here.
@@ -13,9 +13,10 @@ from typing import Any
 
 import faiss
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from mmrec.errors import UserError
+from mmrec.retrieval.exact import Found
 
 # The type stubs that come with FAISS lack parts of it.
 _faiss: Any = faiss
@@ -24,12 +25,13 @@ _faiss: Any = faiss
 _PROBED_SHARE = 8
 _HNSW_CANDIDATES = 64
 # With more candidates a graph is slower than comparing everything.
-_MOST_CANDIDATES = 8_192
+MOST_CANDIDATES = 8_192
 # Rounds of OPQ, of its quantizer within each, and of that in the first; and vectors to learn from.
 _OPQ_ROUNDS = (8, 2, 8)
 _OPQ_VECTORS = 16_384
 # The kinds of index that keep every vector as it was given.
 _LOSSLESS = (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)
+_RABITQ = (faiss.IndexIVFRaBitQ, faiss.IndexRaBitQ)
 # More vectors than this say no more of a mean error.
 _SAMPLE = 10_000
 _ROWS_AT_ONCE = 65_536
@@ -140,7 +142,7 @@ def search_range(base: Any) -> tuple[str, int] | None:
     if isinstance(core, faiss.IndexIVF):
         return "nprobe", core.nlist
     if isinstance(core, faiss.IndexHNSW):
-        return "efSearch", max(1, min(base.ntotal, _MOST_CANDIDATES))
+        return "efSearch", max(1, min(base.ntotal, MOST_CANDIDATES))
     return None
 
 
@@ -202,11 +204,39 @@ def reason_of(error: Exception) -> str:
 
 
 def takes_selector(base: Any) -> bool:
-    """Whether a search can be held to some rows. Product quantizers without lists cannot."""
+    """Whether a search is well held to some rows.
+
+    Product quantizers without lists cannot be. A graph can, but looks for them where its path leads, and
+    takes the first that it comes upon for the nearest.
+    """
     core = core_of(base)
-    return not isinstance(core, faiss.IndexPQ | faiss.IndexFastScan) or isinstance(
-        core, faiss.IndexIVF
-    )
+    without = faiss.IndexPQ | faiss.IndexFastScan | faiss.IndexHNSW
+    return isinstance(core, faiss.IndexIVF) or not isinstance(core, without)
+
+
+def candidates_of(base: Any) -> int | None:
+    """How many rows a search of a graph keeps in view; None for other kinds."""
+    core = core_of(base)
+    return core.hnsw.efSearch if isinstance(core, faiss.IndexHNSW) else None
+
+
+def scores_rows(base: Any) -> bool:
+    """Whether a few rows are best scored one by one, by what the base or its refinement keeps of them.
+
+    To undo a transform costs more than to pass over what is not selected, and RaBitQ's codes score
+    otherwise when they are decoded. Kinds that take no selector have no choice.
+    """
+    base = faiss.downcast_index(base)
+    if isinstance(base, faiss.IndexRefine) or keeps_vectors(base) or not takes_selector(base):
+        return True
+    return not isinstance(base, faiss.IndexPreTransform) and not isinstance(core_of(base), _RABITQ)
+
+
+def search_all(base: Any, queries: Float32[np.ndarray, "Q D"], k: int) -> Found:
+    """Search among all rows; with as many candidates of a graph as are fetched, which FAISS does not see to."""
+    if (candidates_of(base) or k) >= k:
+        return base.search(queries, k)
+    return base.search(queries, k, params=_parameters(base, None, None, 1.0, k))
 
 
 def search_selected(
@@ -215,31 +245,40 @@ def search_selected(
     k: int,
     selected: Bool[np.ndarray, " N"],
     *,
+    lists: Bool[np.ndarray, " L"] | None = None,
     effort: float = 1.0,
-) -> tuple[Float32[np.ndarray, "Q K"], Int64[np.ndarray, "Q K"]]:
-    """Search among the selected rows alone. `effort` multiplies lists probed or candidates kept."""
-    bits = np.packbits(selected, bitorder="little")
-    selector = _faiss.IDSelectorBitmap(bits)
-    return base.search(queries, k, params=_parameters(base, selector, k, effort))
+) -> Found:
+    """Search among the selected rows alone.
+
+    `lists` are the inverted lists that hold any of them: others are not probed. `effort` multiplies the
+    lists probed; at infinity all are.
+    """
+    own = None if lists is None else _faiss.SearchParameters(sel=_selector(lists))
+    return base.search(queries, k, params=_parameters(base, _selector(selected), own, effort, k))
 
 
-def _parameters(base: Any, selector: Any, k: int, effort: float) -> Any:
+def _selector(selected: Bool[np.ndarray, " M"]) -> Any:
+    return _faiss.IDSelectorBitmap(np.packbits(selected, bitorder="little"))
+
+
+def _parameters(base: Any, selector: Any, lists: Any, effort: float, k: int) -> Any:
     """Search parameters with the index's own settings: an object of them replaces all at once."""
     base = faiss.downcast_index(base)
     if isinstance(base, faiss.IndexPreTransform):
-        inner = _parameters(base.index, selector, k, effort)
+        inner = _parameters(base.index, selector, lists, effort, k)
         return _faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(base, faiss.IndexRefine):
-        inner = _parameters(base.base_index, selector, k, effort)
+        fetched = int(np.ceil(k * base.k_factor))
+        inner = _parameters(base.base_index, selector, lists, effort, fetched)
         return _faiss.IndexRefineSearchParameters(k_factor=base.k_factor, base_index_params=inner)
     if isinstance(base, faiss.IndexIVF):
-        nprobe = min(base.nlist, int(np.ceil(base.nprobe * effort)))
+        nprobe = int(min(base.nlist, np.ceil(base.nprobe * effort)))
+        own: dict[str, Any] = {"nprobe": nprobe, "sel": selector, "quantizer_params": lists}
         if isinstance(base, faiss.IndexIVFRaBitQ):
-            return _faiss.IVFRaBitQSearchParameters(nprobe=nprobe, sel=selector, qb=base.qb)
-        return _faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
+            return _faiss.IVFRaBitQSearchParameters(**own, qb=base.qb)
+        return _faiss.SearchParametersIVF(**own)
     if isinstance(base, faiss.IndexHNSW):
-        candidates = max(k, int(np.ceil(base.hnsw.efSearch * effort)))
-        return _faiss.SearchParametersHNSW(efSearch=candidates, sel=selector)
+        return _faiss.SearchParametersHNSW(efSearch=max(k, base.hnsw.efSearch), sel=selector)
     return _faiss.SearchParameters(sel=selector)
 
 
@@ -280,7 +319,7 @@ def as_scored(base: Any, vectors: Float32[np.ndarray, "M D"]) -> Float32[np.ndar
     RaBitQ corrects the length that its codes lose.
     """
     base = faiss.downcast_index(base)
-    rabitq = isinstance(core_of(base), faiss.IndexIVFRaBitQ | faiss.IndexRaBitQ)
+    rabitq = isinstance(core_of(base), _RABITQ)
     if keeps_vectors(base) or rabitq or isinstance(base, faiss.IndexRefine):
         return vectors
     decoded = _decoded(base, vectors)
@@ -338,6 +377,19 @@ def list_sizes(base: Any) -> Int64[np.ndarray, " L"]:
         return np.zeros(0, np.int64)
     lists: Any = core.invlists
     return np.array([lists.list_size(number) for number in range(core.nlist)], np.int64)
+
+
+def row_lists(base: Any) -> Int32[np.ndarray, " N"] | None:
+    """The inverted list of each row; None for an index without lists."""
+    core = core_of(base)
+    if not isinstance(core, faiss.IndexIVF):
+        return None
+    lists: Any = core.invlists
+    found = np.empty(core.ntotal, np.int32)
+    for number, size in enumerate(list_sizes(base).tolist()):
+        if size:
+            found[faiss.rev_swig_ptr(lists.get_ids(number), size)] = number
+    return found
 
 
 def list_numbers(base: Any, vectors: Float32[np.ndarray, "M D"]) -> Int64[np.ndarray, " M"]:

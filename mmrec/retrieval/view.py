@@ -20,15 +20,23 @@ from jaxtyping import Bool, Float32, Int64
 from mmrec.retrieval.base import Base, narrowed
 from mmrec.retrieval.changes import Change, Delta, join_tables
 from mmrec.retrieval.exact import MANY_QUERIES, Found, above, best, joined, nearest, nothing
-from mmrec.retrieval.faiss_base import as_scored, search_selected, takes_selector
+from mmrec.retrieval.faiss_base import (
+    MOST_CANDIDATES,
+    as_scored,
+    candidates_of,
+    scores_rows,
+    search_selected,
+    takes_selector,
+)
 from mmrec.retrieval.filters import matching_rows
 
 # Up to so many rows that a filter leaves are compared one by one.
 _EXACT_ROWS = 20_000
-# A filter that leaves one row in fifty asks for fifty times the effort; what leaves less is exact.
-_MOST_EFFORT = 64.0
+_ROWS_AT_ONCE = 20_000
 # Matches fetched for each one wanted, where they are scored again at full width.
 _RERANKED = 4
+# What a filter leaves is not as near to a query as what the effort was tuned for.
+_FURTHER = 2
 _KEPT_FILTERS = 32
 _NONE = np.float32(-np.inf)
 
@@ -50,7 +58,7 @@ class View:
         self.dead = dead
         self.num_dead = int(np.count_nonzero(dead))
         """Tombstones: rows of the base that were deleted or replaced."""
-        self._selections: dict[str, Bool[np.ndarray, " M"]] = {}
+        self._selections: dict[str, Selection] = {}
 
     @classmethod
     def of(cls, base: Base) -> "View":
@@ -137,23 +145,22 @@ class View:
 
     def select(self, where: str) -> Selection:
         """The rows that meet a condition. Raises `UserError` when it cannot be understood."""
+        if found := self._selections.get(where):
+            return found
         base, delta = self.base.products, self.delta.table
         if self.delta.count:  # Either may have columns that the other lacks.
             base = pa.concat_tables([base, delta.slice(0, 0)], promote_options="permissive")
             delta = join_tables([self.base.products.slice(0, 0), delta])
-        found = self._selections.get(where)
-        if found is None:
-            found = matching_rows(delta, where) if self.delta.count else np.zeros(0, bool)
-            with self.base.lock:
-                _keep(self._selections, where, found)
         # What columns there are decides what a condition means.
         key = (where, *map(str, base.schema))
         kept = self.base.filters.get(key)
         if kept is None:
             kept = matching_rows(base, where)
-            with self.base.lock:
-                _keep(self.base.filters, key, kept)
-        return Selection(kept, found)
+        late = matching_rows(delta, where) if self.delta.count else np.zeros(0, bool)
+        with self.base.lock:
+            _keep(self.base.filters, key, kept)
+            _keep(self._selections, where, Selection(kept, late))
+        return Selection(kept, late)
 
     # ---------------------------------------------------------------------------------- searching
 
@@ -188,7 +195,7 @@ class View:
             return self.base.search(queries, k)
         share = self.num_dead / self.base.record.count
         if share > 0.5 and takes_selector(self.base.index):
-            return search_selected(self.base.index, queries, k, self._live)
+            return self._held_to(queries, k, self._live)
         # Twice what tombstones spread evenly would take; a query that meets more is asked again.
         fetched = min(self.base.record.count, k + 2 + math.ceil(2 * k * share / (1 - share)))
         return self._asked_again(queries, k, fetched, self._live)
@@ -196,15 +203,23 @@ class View:
     def _asked_again(
         self, queries: np.ndarray, k: int, fetched: int, wanted: Bool[np.ndarray, " N"]
     ) -> Found:
-        """Search all rows and drop the unwanted; where fewer than k stay, search on."""
+        """Search all rows and drop the unwanted; where fewer than k stay, search on.
+
+        What a graph does not lead to it never finds: in the end all that is wanted is compared.
+        """
+        index, graph = self.base.index, candidates_of(self.base.index) is not None
+        if graph and fetched > MOST_CANDIDATES:
+            return self._one_by_one(queries, k, wanted)
         all_scores, all_rows = self.base.search(queries, fetched)
         scores, rows = _kept(all_scores, all_rows, wanted, k)
-        # A row that ended in -1 holds all that the index comes upon.
-        short = np.flatnonzero((rows[:, -1] < 0) & (all_rows[:, -1] >= 0))
-        if not len(short) or fetched >= self.base.record.count:
+        # A row that ended in -1 holds all that the index comes upon, but for a graph.
+        short = np.flatnonzero((rows[:, -1] < 0) & (graph | (all_rows[:, -1] >= 0)))
+        if not len(short) or (fetched >= self.base.record.count and not graph):
             return scores, rows
-        if takes_selector(self.base.index):
-            again = search_selected(self.base.index, queries[short], k, wanted)
+        if takes_selector(index):
+            again = self._held_to(queries[short], k, wanted)
+        elif fetched >= self.base.record.count:
+            again = self._one_by_one(queries[short], k, wanted)
         else:
             more = min(self.base.record.count, 4 * fetched)
             again = self._asked_again(queries[short], k, more, wanted)
@@ -218,18 +233,45 @@ class View:
         k = min(k, count)
         if not k:
             return nothing(len(queries))
-        if count <= _EXACT_ROWS and self.base.exact:
-            rows = np.flatnonzero(wanted)
-            scores, places = nearest(queries, self.base.indexed_vectors(rows), k)
-            return scores, rows[places]
+        if count <= _EXACT_ROWS and (self.base.exact or scores_rows(self.base.index)):
+            return self._one_by_one(queries, k, wanted)
         if len(queries) >= MANY_QUERIES and self.base.matrix is not None:
             return nearest(queries, self.base.matrix, k, wanted)
-        share = count / len(wanted)
         if takes_selector(self.base.index):
-            effort = min(1 / share, _MOST_EFFORT)
-            return search_selected(self.base.index, queries, k, wanted, effort=effort)
-        fetched = min(len(wanted), math.ceil(2 * k / share))
+            effort = math.inf if count <= _EXACT_ROWS else 1.0
+            return self._held_to(queries, k, wanted, effort=effort)
+        # As many of those wanted as a search without a filter would have in view.
+        in_view = _FURTHER * max(2 * k, candidates_of(self.base.index) or 0)
+        fetched = min(len(wanted), math.ceil(in_view * len(wanted) / count))
         return self._asked_again(queries, k, fetched, wanted)
+
+    def _one_by_one(self, queries: np.ndarray, k: int, wanted: Bool[np.ndarray, " N"]) -> Found:
+        """All wanted rows compared, by the best that the base keeps of their vectors."""
+        rows = np.flatnonzero(wanted)
+        found = nothing(len(queries))
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            block = rows[start : start + _ROWS_AT_ONCE]
+            scores, places = nearest(queries, self.base.indexed_vectors(block), k)
+            found = joined(found, (scores, block[places]), k)
+        return found
+
+    def _held_to(
+        self, queries: np.ndarray, k: int, wanted: Bool[np.ndarray, " N"], *, effort: float = 1.0
+    ) -> Found:
+        """A search by FAISS among the wanted rows, k of them at least.
+
+        Where one row in fifty is wanted, fifty times the effort comes upon as many as a search of all
+        does, and they may lie further away: it takes twice that. Inverted lists that hold none of them do
+        not count. What finds fewer than k all the same is asked again without bounds.
+        """
+        index, lists = self.base.index, self.base.lists_with(wanted)
+        effort *= _FURTHER * len(wanted) / int(np.count_nonzero(wanted))
+        scores, rows = search_selected(index, queries, k, wanted, lists=lists, effort=effort)
+        short = np.flatnonzero(rows[:, -1] < 0)
+        if len(short) and not math.isinf(effort):
+            again = search_selected(index, queries[short], k, wanted, lists=lists, effort=math.inf)
+            scores[short], rows[short] = again
+        return scores, rows
 
     def _with_delta(
         self,
@@ -279,7 +321,7 @@ class View:
         return best(scores, rows, k)
 
 
-def _keep(filters: dict[Any, np.ndarray], key: Any, rows: np.ndarray) -> None:
+def _keep(filters: dict[Any, Any], key: Any, rows: Any) -> None:
     """Remember the rows of a filter, and forget the oldest."""
     while len(filters) >= _KEPT_FILTERS:
         filters.pop(next(iter(filters)), None)

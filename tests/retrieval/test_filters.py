@@ -8,6 +8,7 @@ from vectors import names, unit_vectors
 
 from mmrec.errors import UserError
 from mmrec.retrieval import view
+from mmrec.retrieval.faiss_base import set_search
 from mmrec.retrieval.filters import matching_rows
 from mmrec.retrieval.index import ProductIndex
 
@@ -80,6 +81,52 @@ def test_kinds_without_selectors_and_without_vectors_are_right_too():
     chosen = {row["product_id"] for row in catalogue().to_pylist() if meets(row)}
     found = index.search(queries, COUNT, where=CONDITION).ids
     assert all(set(row) == chosen and len(row) == len(chosen) for row in found)
+
+
+TUNED = [
+    ("IVF102,SQ8", {"nprobe": 10.0}),
+    ("OPQ16_32,IVF102,PQ16x4fs,Refine(SQ8)", {"nprobe": 10.0, "k_factor": 2.0}),
+    ("RR32,IVF102,RaBitQ,Refine(SQfp16)", {"nprobe": 10.0, "k_factor": 4.0}),
+    ("HNSW32", {"efSearch": 16.0}),
+    ("HNSW32_SQfp16", {"efSearch": 16.0}),
+    ("HNSW32_SQ8", {"efSearch": 16.0}),
+]
+
+
+@pytest.mark.parametrize("exact_rows", [20_000, 100])
+@pytest.mark.parametrize(("factory", "parameters"), [*TUNED, ("IVF102,Flat", {"nprobe": 10.0})])
+def test_kinds_and_settings_that_tuning_takes_find_what_a_filter_leaves(
+    factory, parameters, exact_rows, monkeypatch
+):
+    """All of it where k is as much, in one place or scattered; and of more what they find unfiltered."""
+    monkeypatch.setattr(view, "_EXACT_ROWS", exact_rows)
+    count = 4_000
+    centers, near = unit_vectors(80, seed=2), np.arange(count) // 50
+    vectors = centers[near] + 1.5 * unit_vectors(count, seed=3)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    queries = centers[::2] + 1.5 * unit_vectors(40, seed=4)
+    places, ids = np.arange(count), np.array(names(count), object)
+    mixed = np.random.default_rng(5).permutation(count)
+    table = pa.table({"product_id": names(count), "n": places, "mixed": mixed})
+    index = ProductIndex.build(names(count), vectors, factory=factory, attributes=table)
+    set_search(index._view.base.index, parameters)
+
+    def recall(chosen, where):
+        found = index.search(queries, 10, where=where).ids
+        right = np.argsort(-(queries @ vectors[chosen].T), axis=1)[:, :10]
+        pairs = zip(found, ids[chosen[right]].tolist(), strict=True)
+        return np.mean([len({*ours} & {*true}) / 10 for ours, true in pairs])
+
+    target = recall(places, None)
+    assert target > 0.5
+    for where, few in (("n < 5", places < 5), ("mixed < 7", mixed < 7)):
+        found = index.search(queries, 10, where=where).ids
+        assert all(sorted(row) == sorted(ids[few]) for row in found)
+    for share in (1_200, 400):
+        for where, many in ((f"n < {share}", places < share), (f"mixed < {share}", mixed < share)):
+            assert recall(places[many], where) > target - 0.03, where
+    index.delete(names(count)[:3_900])
+    assert all(len(row) == 100 for row in index.search(queries, 100).ids)
 
 
 def test_few_and_no_rows():
