@@ -29,6 +29,14 @@ MOST_CANDIDATES = 8_192
 # Rounds of OPQ, of its quantizer within each, and of that in the first; and vectors to learn from.
 _OPQ_ROUNDS = (8, 2, 8)
 _OPQ_VECTORS = 16_384
+# The kinds of index that can be filtered, changed and compacted.
+_SERVED = (
+    *(faiss.IndexFlat, faiss.IndexFlatIP, faiss.IndexScalarQuantizer, faiss.IndexRaBitQ),
+    *(faiss.IndexPQ, faiss.IndexPQFastScan, _faiss.IndexRaBitQFastScan),
+    *(faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ, faiss.IndexIVFRaBitQ),
+    *(faiss.IndexIVFPQFastScan, _faiss.IndexIVFRaBitQFastScan),
+    *(faiss.IndexHNSWFlat, faiss.IndexHNSWSQ),
+)
 # The kinds of index that keep every vector as it was given.
 _LOSSLESS = (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)
 _RABITQ = (faiss.IndexIVFRaBitQ, faiss.IndexRaBitQ)
@@ -55,8 +63,9 @@ def new_base(width: int, factory: str) -> Any:
     except RuntimeError as error:
         raise UserError(
             f"'{factory}' is not a FAISS factory for inner products of width {width} "
-            f"({reason_of(error)}); try Flat, HNSW32 or IVF64,Flat"
+            f"({reason_of(error)}); try Flat, HNSW32, or, of some thousands of vectors, IVF64,Flat"
         ) from None
+    _refuse_kind(base, factory)
     if _decodes_badly(core_of(base)) and not isinstance(base, faiss.IndexRefine):
         raise UserError(
             f"factory '{factory}' keeps codes that FAISS cannot read back; add a refinement, such as "
@@ -64,6 +73,21 @@ def new_base(width: int, factory: str) -> Any:
         )
     _set_effort(base)
     return base
+
+
+def _refuse_kind(base: Any, factory: str) -> None:
+    """Raises `UserError` for a kind that cannot be searched in every state: filtered, changed, compacted."""
+    core = core_of(base)
+    if core.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise UserError(
+            f"factory '{factory}' makes an index of another metric than inner product; "
+            "try HNSW32, or HNSW32_SQ8, whose codes are a byte for each component"
+        )
+    if isinstance(base, faiss.IndexIDMap) or type(core) not in _SERVED:
+        raise UserError(
+            f"factory '{factory}' makes an index that cannot be searched with filters and deletions; "
+            "expected Flat, SQ, PQ or RaBitQ, each with or without IVF, or HNSW with Flat or SQ"
+        )
 
 
 @contextmanager
@@ -233,7 +257,10 @@ def scores_rows(base: Any) -> bool:
 
 
 def search_all(base: Any, queries: Float32[np.ndarray, "Q D"], k: int) -> Found:
-    """Search among all rows; with as many candidates of a graph as are fetched, which FAISS does not see to."""
+    """Search among all rows, with no fewer candidates of a graph than are fetched.
+
+    FAISS would fill up with what it met on its way.
+    """
     if (candidates_of(base) or k) >= k:
         return base.search(queries, k)
     return base.search(queries, k, params=_parameters(base, None, None, 1.0, k))
@@ -253,8 +280,8 @@ def search_selected(
     `lists` are the inverted lists that hold any of them: others are not probed. `effort` multiplies the
     lists probed; at infinity all are.
     """
-    own = None if lists is None else _faiss.SearchParameters(sel=_selector(lists))
-    return base.search(queries, k, params=_parameters(base, _selector(selected), own, effort, k))
+    probed = None if lists is None else _selector(lists)
+    return base.search(queries, k, params=_parameters(base, _selector(selected), probed, effort, k))
 
 
 def _selector(selected: Bool[np.ndarray, " M"]) -> Any:
@@ -273,7 +300,8 @@ def _parameters(base: Any, selector: Any, lists: Any, effort: float, k: int) -> 
         return _faiss.IndexRefineSearchParameters(k_factor=base.k_factor, base_index_params=inner)
     if isinstance(base, faiss.IndexIVF):
         nprobe = int(min(base.nlist, np.ceil(base.nprobe * effort)))
-        own: dict[str, Any] = {"nprobe": nprobe, "sel": selector, "quantizer_params": lists}
+        centers = _parameters(base.quantizer, lists, None, 1.0, nprobe)
+        own: dict[str, Any] = {"nprobe": nprobe, "sel": selector, "quantizer_params": centers}
         if isinstance(base, faiss.IndexIVFRaBitQ):
             return _faiss.IVFRaBitQSearchParameters(**own, qb=base.qb)
         return _faiss.SearchParametersIVF(**own)
@@ -346,10 +374,13 @@ def quantization_error(base: Any, vectors: Float32[np.ndarray, "M D"]) -> float 
 
 def _decoded(base: Any, vectors: np.ndarray) -> np.ndarray | None:
     """Vectors encoded and decoded."""
-    core = core_of(base)
+    base, core = faiss.downcast_index(base), core_of(base)
     if _decodes_badly(core):
         return None
     if isinstance(core, faiss.IndexHNSW):
+        if isinstance(base, faiss.IndexPreTransform):
+            inner = _decoded(base.index, through(base.chain, vectors))
+            return None if inner is None else _back_through(base.chain, inner)
         base = faiss.downcast_index(core.storage)
     starts = range(0, len(vectors), ENCODED_AT_ONCE)
     blocks = (vectors[start : start + ENCODED_AT_ONCE] for start in starts)
@@ -412,6 +443,13 @@ def through(chain: Any, vectors: np.ndarray) -> np.ndarray:
     """Vectors after a chain of transforms."""
     for number in range(chain.size()):
         vectors = faiss.downcast_VectorTransform(chain.at(number)).apply(vectors)
+    return vectors
+
+
+def _back_through(chain: Any, vectors: np.ndarray) -> np.ndarray:
+    """Vectors as they were before a chain of transforms, as far as it can be undone."""
+    for number in reversed(range(chain.size())):
+        vectors = faiss.downcast_VectorTransform(chain.at(number)).reverse_transform(vectors)
     return vectors
 
 

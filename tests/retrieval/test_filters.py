@@ -87,6 +87,7 @@ TUNED = [
     ("IVF102,SQ8", {"nprobe": 10.0}),
     ("OPQ16_32,IVF102,PQ16x4fs,Refine(SQ8)", {"nprobe": 10.0, "k_factor": 2.0}),
     ("RR32,IVF102,RaBitQ,Refine(SQfp16)", {"nprobe": 10.0, "k_factor": 4.0}),
+    ("IVF102_HNSW8,Flat", {"nprobe": 10.0}),
     ("HNSW32", {"efSearch": 16.0}),
     ("HNSW32_SQfp16", {"efSearch": 16.0}),
     ("HNSW32_SQ8", {"efSearch": 16.0}),

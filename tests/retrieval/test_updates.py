@@ -22,6 +22,7 @@ CODED = [
     "SQ8",
     "IVF8,SQ8",
     "HNSW16_SQ8",
+    "PCA24,HNSW16",
     "IVF8,PQ8x4",
     "OPQ8_32,IVF8,PQ8x4,RFlat",
     "RR32,IVF8,RaBitQ",
