@@ -35,6 +35,7 @@ from mmrec.retrieval.generations import (
     VECTORS,
     Generation,
     describe_files,
+    finish_generation,
     hold_live_generation,
     read_record,
 )
@@ -130,12 +131,19 @@ def base_in_memory(
 
 def write_files(generation: Path, base: Base) -> Generation:
     """Write a base's files into a generation's folder; returns its record, with their hashes."""
-    write_base(base.index, generation / BASE)
+    with base.lock:  # What `reconstruct` needs is cleared away.
+        write_base(base.index, generation / BASE)
     write_products(base.products, generation / PRODUCTS)
     np.save(generation / KEYS, base.keys.order, allow_pickle=False)
     if base.store is not None:
         np.save(generation / VECTORS, base.store, allow_pickle=False)
     return replace(base.record, files=describe_files(generation))
+
+
+def finish_base(generation: Path, record: Generation, manifest: Manifest) -> None:
+    """Finish a generation and open it as readers will: what cannot be opened never goes live."""
+    finish_generation(generation, record, manifest)
+    _open_base(generation, verify=False)
 
 
 def write_products(products: pa.Table, path: Path) -> None:
@@ -157,6 +165,13 @@ def open_live_base(
     Raises `UserError` naming the file that is not what was saved.
     """
     generation, held = hold_live_generation(folder)
+    base = _open_base(generation, verify=verify)
+    searcher = copy_to_gpu(base.index, device, base.record.factory, cagra=cagra)
+    return replace(base, held=held, searcher=searcher), read_manifest(generation, "index")
+
+
+def _open_base(generation: Path, *, verify: bool) -> Base:
+    """Map a generation's files and hold them against its record."""
     record = read_record(generation, verify=verify)
     index = read_base(generation / BASE)
     products = _read_products(generation / PRODUCTS, record.key)
@@ -170,17 +185,14 @@ def open_live_base(
             f"{generation}: {RECORD} says {record.count} vectors of width {record.indexed_width}, but "
             f"{BASE} holds {index.ntotal} of width {index.d}, {PRODUCTS} {len(products)} rows"
         )
-    base = Base(
+    return Base(
         record=record,
         index=index,
         keys=Keys(_column(products), order),
         products=products,
         store=store,
         path=generation / BASE,
-        held=held,
-        searcher=copy_to_gpu(index, device, record.factory, cagra=cagra),
     )
-    return base, read_manifest(generation, "index")
 
 
 def _column(products: pa.Table) -> pa.Array:

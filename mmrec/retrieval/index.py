@@ -20,7 +20,14 @@ from jaxtyping import Float, Float32, Int64
 
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, Parent, read_manifest
-from mmrec.retrieval.base import Base, base_in_memory, narrowed, open_live_base, write_files
+from mmrec.retrieval.base import (
+    Base,
+    base_in_memory,
+    finish_base,
+    narrowed,
+    open_live_base,
+    write_files,
+)
 from mmrec.retrieval.changes import Change, read_changes, write_change
 from mmrec.retrieval.drift import IndexStatus, status_of
 from mmrec.retrieval.faiss_base import (
@@ -35,7 +42,6 @@ from mmrec.retrieval.faiss_base import (
 )
 from mmrec.retrieval.generations import (
     Generation,
-    finish_generation,
     live_generation,
     lock_writer,
     manifest_of,
@@ -220,7 +226,7 @@ class ProductIndex:
                     counts=dict(counts or {"out": len(self)}),
                     details=dict(details or {}),
                 )
-                finish_generation(generation, record, manifest)
+                finish_base(generation, record, manifest)
         with self._changing:
             if self._folder is None or not _is_same_folder(self._folder, out):
                 self.close()
@@ -437,7 +443,7 @@ class ProductIndex:
                 return True
             with next_generation(self._folder) as generation:
                 assert self.manifest is not None
-                finish_generation(generation, write_files(generation, base), self.manifest)
+                finish_base(generation, write_files(generation, base), self.manifest)
             self._open_live()
             return True
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int64, UInt64
 
 from mmrec.manifest import Manifest, Parent
-from mmrec.retrieval.base import narrowed, write_products
+from mmrec.retrieval.base import finish_base, narrowed, write_products
 from mmrec.retrieval.faiss_base import (
     ENCODED_AT_ONCE,
     core_of,
@@ -42,7 +42,6 @@ from mmrec.retrieval.generations import (
     VECTORS,
     Generation,
     describe_files,
-    finish_generation,
     manifest_of,
     published_generation,
 )
@@ -148,7 +147,7 @@ def build_from_parts(
             counts={"in": len(parts), "out": len(parts), "dropped": {}},
             details=dict(details or {}),
         )
-        finish_generation(generation, record, manifest)
+        finish_base(generation, record, manifest)
     return manifest
 
 

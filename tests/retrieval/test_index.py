@@ -277,9 +277,13 @@ def test_an_empty_catalogue_is_refused():
         ("", "'' is not a FAISS factory"),
         ("PQ15", "width 32 .*multiple of the number of subquantizers"),
         ("LSH", "'LSH' is not a FAISS factory for inner products"),
+        ("HNSW8_PQ8x4", "another metric than inner product; try HNSW32"),
+        *(
+            (factory, f"'{factory}' makes an index that cannot be searched with filters")
+            for factory in ("RQ4x4", "IVF8,RQ4x4", "LSQ4x4", "PRQ2x2x4", "NSG16", "IDMap,Flat")
+        ),
         ("IVF64,Flat", r"cannot be built from 10 vectors .*training points \(10\)"),
         ("IVF4,PQ16", "cannot be built from 10 vectors"),
-        ("IDMap,Flat", "cannot be built from 10 vectors"),
     ],
 )
 def test_bad_factories_are_refused(factory, message):
@@ -482,3 +486,34 @@ def test_a_gpu_copy_answers_as_the_cpu(factory, catalogue, indexes, tmp_path):
     same = [len(set(a) & set(b)) for a, b in zip(expected.ids, found.ids, strict=True)]
     assert np.mean(same) >= 9.9  # rounding may swap near ties at the tenth place
     np.testing.assert_array_equal(gpu.vectors(ids[:9]), vectors[:9])
+
+
+def test_what_cannot_be_opened_never_goes_live(tmp_path, monkeypatch):
+    ProductIndex.build(names(10), unit_vectors(10)).save(tmp_path / "index")
+    before = {p: p.read_bytes() for p in (tmp_path / "index").rglob("*") if p.is_file()}
+    other = faiss.IndexFlatL2(WIDTH)
+    other.add(unit_vectors(9))  # pyright: ignore[reportCallIssue]
+    made = (other, "Flat", {})
+    index = ProductIndex.assemble(names(9), unit_vectors(9), lambda indexed: made)
+    with pytest.raises(UserError, match="another metric than inner product"):
+        index.save(tmp_path / "index", overwrite=True)
+    index.close()
+    after = {p: p.read_bytes() for p in (tmp_path / "index").rglob("*") if p.is_file()}
+    after.pop(tmp_path / "index/writer.lock")
+    assert after.items() <= before.items() | {(tmp_path / "index/writer.lock", b"")}
+    assert len(ProductIndex.load(tmp_path / "index", verify=True, device="cpu")) == 10
+
+
+def test_vectors_are_given_back_while_another_thread_saves(tmp_path):
+    ids, vectors = names(3_000), unit_vectors(3_000)
+    index = ProductIndex.build(ids, vectors, factory="IVF16,Flat")
+    base = index._view.base
+
+    def save(number):
+        ProductIndex(base).save(tmp_path / str(number))
+
+    with ThreadPoolExecutor() as pool:
+        saves = [pool.submit(save, number) for number in range(20)]
+        while not all(one.done() for one in saves):
+            np.testing.assert_array_equal(index.vectors(ids[:500]), vectors[:500])
+        assert not any(one.exception() for one in saves)
