@@ -26,6 +26,7 @@ from mmrec.data.storage import Place, write_bytes_whole
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, check_output, parent_of, read_manifest, write_manifest
 from mmrec.model.encoder import VIEWS, Encoder, Side
+from mmrec.retrieval.base import narrowed
 from mmrec.retrieval.intake import name_ids
 from mmrec.retrieval.parts import (
     Parts,
@@ -143,15 +144,6 @@ def embed_views(
     local = {name: np.concatenate([empty, *arrays]) for name, arrays in parts.items()}
     gathered = distributed.gather_objects(local)
     return {name: np.concatenate([rank_part[name] for rank_part in gathered]) for name in local}
-
-
-def narrowed(vectors: Float32[np.ndarray, "N D"], width: int) -> Float32[np.ndarray, "N W"]:
-    """The first `width` numbers of each row, made unit vectors again; rows of zeros stay so."""
-    if width == vectors.shape[1]:
-        return vectors
-    prefix = vectors[:, :width]
-    lengths = np.linalg.norm(prefix, axis=1, keepdims=True)
-    return prefix / np.where(lengths > 0, lengths, 1)
 
 
 def embed_shards(

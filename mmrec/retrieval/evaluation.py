@@ -25,13 +25,14 @@ from mmrec.data.shards import ShardReader, image_name, open_shards
 from mmrec.errors import UserError
 from mmrec.manifest import FILE_NAME, check_no_file, read_manifest, write_whole
 from mmrec.model.encoder import Encoder
+from mmrec.retrieval.base import narrowed
 from mmrec.retrieval.baselines import (
     color_histogram,
     histogram_intersection,
     popularity_scores,
     title_overlap_scores,
 )
-from mmrec.retrieval.embed import Split, embed_rows, embed_views, narrowed, open_split, pick_device
+from mmrec.retrieval.embed import Split, embed_rows, embed_views, open_split, pick_device
 from mmrec.retrieval.metrics import (
     Summary,
     bootstrap_intervals,
