@@ -203,11 +203,15 @@ def read_base(path: Path) -> Any:
 
 def write_base(base: Any, path: Path) -> None:
     """Write a FAISS file; equal indexes give equal bytes."""
+    _forget_places(base)
+    faiss.write_index(base, str(path))
+
+
+def _forget_places(base: Any) -> None:
+    """Drop what `reconstruct` leaves behind: where in its list each vector lies."""
     core = core_of(base)
     if isinstance(core, faiss.IndexIVF):
-        # What `reconstruct` leaves behind.
         core.set_direct_map_type(faiss.DirectMap.NoMap)  # pyright: ignore
-    faiss.write_index(base, str(path))
 
 
 def core_of(base: Any) -> Any:
@@ -477,6 +481,7 @@ def carried_over(
     `path` is the file that `base` is mapped from: what is mapped cannot be emptied, only read again.
     """
     new = faiss.read_index(str(path)) if path else faiss.clone_index(base)
+    _forget_places(new)
     new.reset()
     _carry(faiss.downcast_index(base), new, rows, vectors)
     return new

@@ -15,6 +15,7 @@ import pytest
 
 from mmrec.errors import UserError
 from mmrec.manifest import Parent, read_manifest
+from mmrec.retrieval import base
 from mmrec.retrieval.index import ProductIndex, measure_recall
 
 WIDTH = 32
@@ -504,16 +505,21 @@ def test_what_cannot_be_opened_never_goes_live(tmp_path, monkeypatch):
     assert len(ProductIndex.load(tmp_path / "index", verify=True, device="cpu")) == 10
 
 
-def test_vectors_are_given_back_while_another_thread_saves(tmp_path):
-    ids, vectors = names(3_000), unit_vectors(3_000)
-    index = ProductIndex.build(ids, vectors, factory="IVF16,Flat")
-    base = index._view.base
+def test_saving_clears_away_what_gives_vectors_back_while_nobody_asks(tmp_path, monkeypatch):
+    index = ProductIndex.build(names(500), unit_vectors(500), factory="IVF16,Flat")
+    lock, held = index._view.base.lock, []
+    write = base.write_base
+    monkeypatch.setattr(base, "write_base", lambda *g: held.append(lock.locked()) or write(*g))
+    index.save(tmp_path / "index")
+    assert held == [True]
 
-    def save(number):
-        ProductIndex(base).save(tmp_path / str(number))
 
-    with ThreadPoolExecutor() as pool:
-        saves = [pool.submit(save, number) for number in range(20)]
-        while not all(one.done() for one in saves):
-            np.testing.assert_array_equal(index.vectors(ids[:500]), vectors[:500])
-        assert not any(one.exception() for one in saves)
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16x4fs,RFlat"])
+def test_vectors_are_given_back_before_and_after_a_compaction_in_memory(factory):
+    ids, vectors = names(500), unit_vectors(500)
+    index = ProductIndex.build(ids, vectors, factory=factory)
+    before = index.vectors(ids[100:])
+    index.delete(ids[:7])
+    index.upsert(["new"], unit_vectors(1, seed=5))
+    assert index.compact()
+    np.testing.assert_array_equal(index.vectors(ids[100:]), before)
