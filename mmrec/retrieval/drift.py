@@ -1,14 +1,20 @@
 """Drift: when an index should be compacted, and when it should be built anew.
 
-Each upsert notes how well the base's codec holds the new vectors, and how unequal the inverted lists have
-become with them. Both are set against what they were when the base was built: products of another kind
-than the ones that it was trained on make both grow.
+Each upsert notes how well the base's codec holds the new vectors, and which inverted lists they belong to.
+How large the error is and how unequal the lists have become is set against what it was when the index was
+built: products of another kind than the ones that it was trained on make both grow. Compaction trains
+nothing, so it carries these figures over.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from mmrec.retrieval.base import Base
+from mmrec.retrieval.changes import Change
+from mmrec.retrieval.faiss_base import imbalance_of, list_sizes
 from mmrec.retrieval.generations import Generation
 
 # A delta is searched whole: at this share of the base it costs about as much as an approximate search.
@@ -34,19 +40,19 @@ class IndexStatus:
     base: int
     """Rows of the base, dead ones too."""
     delta: int
-    """Products upserted since the base was built, and alive."""
+    """Products upserted since the last compaction, and alive."""
     tombstones: int
     """Rows of the base that were deleted or replaced."""
     changes: int
     """Calls of upsert and delete since."""
     quantization_error: float
-    """Of the base when it was built: mean squared distance of unit vectors from their codes."""
+    """Of the index when it was built: mean squared distance of unit vectors from their codes."""
     upserted_error: float | None
     """The same of what was upserted since; None where nothing was or nothing is compressed."""
     imbalance: float
-    """Of the inverted lists when the base was built; 1 is even."""
+    """Of the inverted lists when the index was built; 1 is even."""
     imbalance_now: float
-    """The same with what was upserted since."""
+    """The same of all products that it holds now."""
     search: dict[str, float]
     """Search parameters that tuning chose; empty where nothing was tuned."""
     advice: list[str]
@@ -75,17 +81,12 @@ def status_of(
     generation: str,
     delta: int,
     tombstones: int,
+    imbalance: float,
 ) -> IndexStatus:
-    """Weigh a generation and what was noted of each change since."""
-    measured = [fact for fact in facts if fact.get("quantization_error") is not None]
-    vectors = sum(fact["vectors"] for fact in measured)
-    error = None
-    if vectors:
-        error = sum(fact["quantization_error"] * fact["vectors"] for fact in measured) / vectors
-    imbalances = [fact["imbalance"] for fact in facts if "imbalance" in fact]
-    now = imbalances[-1] if imbalances else record.imbalance
+    """Weigh a generation and what was noted of each change since; `imbalance` is that of now."""
+    error, vectors = upserted_error(record, facts)
     advice = _compact_advice(record, len(facts), delta, tombstones)
-    advice += _rebuild_advice(record, error, vectors, now)
+    advice += _rebuild_advice(record, error, vectors, imbalance)
     return IndexStatus(
         generation=generation,
         factory=record.factory,
@@ -97,10 +98,41 @@ def status_of(
         quantization_error=record.quantization_error,
         upserted_error=error,
         imbalance=record.imbalance,
-        imbalance_now=now,
+        imbalance_now=imbalance,
         search=record.search,
         advice=advice,
     )
+
+
+def upserted_error(record: Generation, facts: Sequence[dict[str, Any]]) -> tuple[float | None, int]:
+    """The mean quantization error of what was upserted since the build, and of how many vectors."""
+    measured = [
+        (fact["quantization_error"], fact["vectors"])
+        for fact in facts
+        if fact.get("quantization_error") is not None
+    ]
+    if record.upserted_error is not None:
+        measured.append((record.upserted_error, record.upserted_vectors))
+    vectors = sum(count for _, count in measured)
+    return (sum(error * count for error, count in measured) / vectors if vectors else None), vectors
+
+
+def note_lists(lists: dict[str, int], change: Change) -> None:
+    """Keep, for each product in the delta, the inverted list that it belongs to."""
+    for id_ in change.ids:
+        lists.pop(id_, None)
+    if "lists" in change.facts:
+        lists.update(zip(change.ids, change.facts["lists"], strict=True))
+
+
+def imbalance_now(base: Base, dead: np.ndarray, late: dict[str, int]) -> float:
+    """The imbalance of the inverted lists with what is alive in the base, and in the delta."""
+    sizes = list_sizes(base.index)
+    if base.row_lists is not None:
+        gone, new = base.row_lists[dead], np.array(list(late.values()), np.int64)
+        sizes -= np.bincount(gone, minlength=len(sizes))
+        sizes += np.bincount(new[new >= 0], minlength=len(sizes))
+    return imbalance_of(sizes)
 
 
 def _compact_advice(record: Generation, changes: int, delta: int, tombstones: int) -> list[str]:

@@ -427,10 +427,12 @@ def row_lists(base: Any) -> Int32[np.ndarray, " N"] | None:
     return found
 
 
-def list_numbers(base: Any, vectors: Float32[np.ndarray, "M D"]) -> Int64[np.ndarray, " M"]:
-    """The inverted list that each vector would be put in."""
-    quantizer = core_of(base).quantizer
-    return quantizer.assign(_transformed(base, vectors), 1)[:, 0]
+def list_numbers(base: Any, vectors: Float32[np.ndarray, "M D"]) -> Int64[np.ndarray, " M"] | None:
+    """The inverted list that each vector would be put in; None for an index without lists."""
+    core = core_of(base)
+    if not isinstance(core, faiss.IndexIVF):
+        return None
+    return core.quantizer.assign(_transformed(base, vectors), 1)[:, 0]  # pyright: ignore
 
 
 def _transformed(base: Any, vectors: np.ndarray) -> np.ndarray:

@@ -67,6 +67,10 @@ class Generation:
     files: dict[str, dict[str, Any]]
     """For each file its size in `bytes` and its `sha256`."""
     metric: str = "inner_product"
+    upserted_error: float | None = None
+    """The quantization error of what was upserted since the build and folded in; None where nothing was."""
+    upserted_vectors: int = 0
+    """How many vectors that is a mean of."""
     search: dict[str, float] = field(default_factory=dict)
     """Search parameters that tuning chose; the FAISS file has them, too. Empty where nothing was tuned."""
 

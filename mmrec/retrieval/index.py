@@ -29,7 +29,13 @@ from mmrec.retrieval.base import (
     write_files,
 )
 from mmrec.retrieval.changes import Change, read_changes, write_change
-from mmrec.retrieval.drift import IndexStatus, status_of
+from mmrec.retrieval.drift import (
+    IndexStatus,
+    imbalance_now,
+    note_lists,
+    status_of,
+    upserted_error,
+)
 from mmrec.retrieval.faiss_base import (
     build_base,
     carried_over,
@@ -84,7 +90,7 @@ class ProductIndex:
         """None until the index is saved."""
         self._view = View.of(base)
         self._facts: list[dict[str, Any]] = []
-        self._list_sizes: Int64[np.ndarray, " L"] | None = None
+        self._lists: dict[str, int] = {}
         self._folder: Path | None = None
         self._device: Device = "cpu"
         self._cagra = False
@@ -346,6 +352,7 @@ class ProductIndex:
                 generation=held.parent.name if held else "in memory",
                 delta=len(view.delta),
                 tombstones=view.num_dead,
+                imbalance=imbalance_now(view.base, view.dead, self._lists),
             )
 
     @property
@@ -482,6 +489,7 @@ class ProductIndex:
     def _show(self, change: Change) -> None:
         self._view = self._view.changed(change)
         self._facts.append(change.facts)
+        note_lists(self._lists, change)
 
     def _read_on(self) -> bool:
         """Apply changes that were written since."""
@@ -502,7 +510,7 @@ class ProductIndex:
 
     def _take(self, base: Base, manifest: Manifest | None) -> None:
         self._view, self.manifest = View.of(base), manifest
-        self._facts, self._list_sizes = [], None
+        self._facts, self._lists = [], {}
 
     def _folded(self) -> Base:
         """The base with all changes in it: a new one in memory, or as it is where there are none."""
@@ -516,7 +524,10 @@ class ProductIndex:
         store = view.base.store
         if store is not None:
             store = np.concatenate([store[old], added.astype(np.float16)])
-        record = replace(self._record, count=len(view))
+        error, vectors = upserted_error(self._record, self._facts)
+        record = replace(
+            self._record, count=len(view), upserted_error=error, upserted_vectors=vectors
+        )
         return base_in_memory(record, index, view.products(), store)
 
     def _schema(self) -> pa.Schema:
@@ -537,13 +548,8 @@ class ProductIndex:
         facts: dict[str, Any] = {"vectors": len(indexed)}
         if not keeps_vectors(index):
             facts["quantization_error"] = quantization_error(index, indexed)
-        if self._list_sizes is None:
-            self._list_sizes = list_sizes(index)
-        if len(self._list_sizes):
-            numbers = list_numbers(index, indexed)
-            added = np.bincount(numbers[numbers >= 0], minlength=len(self._list_sizes))
-            self._list_sizes = self._list_sizes + added
-            facts["imbalance"] = imbalance_of(self._list_sizes)
+        if (lists := list_numbers(index, indexed)) is not None:
+            facts["lists"] = lists.tolist()
         return facts
 
 

@@ -70,6 +70,9 @@ _FLOAT_BYTES = 4
 # FAISS takes 256 vectors for each centroid, and a product quantizer has 256 of them.
 _FOR_EACH_CENTROID, _SMALLEST_SAMPLE = 256, 65_536
 
+# For so many vectors of the sample one is drawn that is not trained on.
+_UNSEEN = 4
+
 Stretches = Callable[[], Iterator[Float32[np.ndarray, "M I"]]]
 """Starts a pass over all vectors."""
 
@@ -79,6 +82,9 @@ class _Survey:
     """What the first pass over the parts found."""
 
     sample: Float32[np.ndarray, "S I"]
+    """What the index is trained on."""
+    unseen: Float32[np.ndarray, "M I"]
+    """Others, which tell how well it keeps what it was not trained on; the same ones where there are none."""
     products: pa.Table
     order: UInt64[np.ndarray, "2 N"]
     fingerprint: str
@@ -118,7 +124,7 @@ def build_from_parts(
         )
         with unfit_refused(factory, len(survey.sample)):
             train_base(index, survey.sample)
-        error = quantization_error(index, survey.sample) or 0.0
+        error = quantization_error(index, survey.unseen) or 0.0
 
         def stretches() -> Iterator[Float32[np.ndarray, "M I"]]:
             return (narrowed(vectors, indexed) for vectors in _unit_vectors(parts, rows_at_once))
@@ -178,7 +184,11 @@ def _survey(
 ) -> _Survey:
     """Check every file, id and vector, and draw a sample."""
     rng = np.random.default_rng(seed)
-    drawn = np.sort(rng.choice(len(parts), samples, replace=False))
+    unseen = min(samples // _UNSEEN, len(parts) - samples)
+    drawn = rng.choice(len(parts), samples + unseen, replace=False)
+    trained = np.zeros(len(parts), bool)
+    trained[drawn[:samples]] = True
+    drawn = np.sort(drawn)
     sample, hashes, tables, files = [], [], [], []
     start = 0
     for part in parts.parts:
@@ -195,8 +205,10 @@ def _survey(
     products = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     order = order_hashes(np.concatenate(hashes))
     _check_distinct(order, products.column(0))
+    vectors, trained = np.concatenate(sample), trained[drawn]
     return _Survey(
-        sample=np.concatenate(sample),
+        sample=vectors[trained],
+        unseen=vectors[~trained] if unseen else vectors,
         products=products,
         order=order,
         fingerprint=fingerprint_read(parts, files),

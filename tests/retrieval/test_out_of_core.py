@@ -96,6 +96,19 @@ def test_narrow_vectors_with_the_whole_ones_beside_them(folder: Path, tmp_path: 
     assert one == two
 
 
+def test_the_quantization_error_is_that_of_vectors_not_trained_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(out_of_core, "_sample_size", lambda *_: 400)
+    index = build_index(folder, tmp_path / "index", ids="sku", factory="PQ16", memory_gb=1e-9)
+    with index:
+        index.upsert([f"new-{n}" for n in range(500)], unit_vectors(500, seed=7, width=WIDTH))
+        status = index.status()
+    assert status.upserted_error
+    assert status.quantization_error == pytest.approx(status.upserted_error, rel=0.15)
+    assert not any("rebuild" in line for line in status.advice)
+
+
 def test_it_is_published_over_an_older_one_and_can_be_changed(folder: Path, tmp_path: Path) -> None:
     old = build_index(folder, tmp_path / "index", ids="sku")
     built = build_index(

@@ -489,6 +489,14 @@ def test_status_says_when_to_compact_and_when_to_rebuild():
     assert "rebuild (mmrec index build): new products lose" in advice
     index.delete(ids[:400])
     assert "27% of the base are tombstones" in " ".join(index.status().lines())
+    # Compaction trains nothing.
+    assert index.compact()
+    after = index.status()
+    assert after.upserted_error == pytest.approx(status.upserted_error)
+    assert [line[:7] for line in after.advice] == ["rebuild"]
+    index.upsert(new, unit_vectors(300, seed=9))
+    index.compact()
+    assert "rebuild" in " ".join(index.status().advice)
 
 
 def test_list_imbalance_is_noted():
@@ -503,3 +511,40 @@ def test_list_imbalance_is_noted():
     status = index.status()
     assert status.imbalance_now > 1.5 * before
     assert any("lists are" in line for line in status.advice)
+
+
+def list_imbalance(index: ProductIndex) -> float:
+    vectors = index.vectors(index.ids)
+    quantizer = index._view.base.index.quantizer
+    sizes = np.bincount(quantizer.assign(vectors, 1)[:, 0], minlength=quantizer.ntotal)
+    return len(sizes) * (sizes**2).sum() / sizes.sum() ** 2
+
+
+def test_lists_are_those_of_what_is_alive_whoever_changed_it(tmp_path):
+    ids, vectors = names(COUNT), unit_vectors(COUNT)
+    ProductIndex.build(ids, vectors, factory="IVF8,Flat").save(tmp_path / "index")
+    one_spot = vectors[:1] + 0.01 * unit_vectors(2_000, seed=1)
+    one_spot /= np.linalg.norm(one_spot, axis=1, keepdims=True)
+    for start in range(0, 2_000, 500):
+        with ProductIndex.load(tmp_path / "index", device="cpu") as index:
+            new = [f"n{number}" for number in range(start, start + 500)]
+            index.upsert(new, one_spot[start : start + 500])
+    with ProductIndex.load(tmp_path / "index", device="cpu") as index:
+        status = index.status()
+        assert status.imbalance_now == pytest.approx(list_imbalance(index))
+        assert any("lists are" in line for line in status.advice)
+        index.upsert(ids[:100], vectors[:100])  # as they were
+        index.delete([*ids[500:600], *new])
+        status = index.status()
+        assert status.imbalance_now == pytest.approx(list_imbalance(index))
+        index.compact()
+        assert index.status().imbalance_now == pytest.approx(status.imbalance_now)
+        assert index.status().imbalance == status.imbalance
+
+
+def test_upserting_what_is_here_already_leaves_the_lists_as_they_were():
+    ids, vectors = names(COUNT), unit_vectors(COUNT)
+    index = ProductIndex.build(ids, vectors, factory="IVF8,Flat")
+    for _ in range(5):
+        index.upsert(ids[:100], vectors[:100])
+    assert index.status().imbalance_now == pytest.approx(index.status().imbalance)
