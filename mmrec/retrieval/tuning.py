@@ -367,8 +367,7 @@ def _measure(
     build_s = time.perf_counter() - started
     view = View.of(base)
     settings = sweep(view, truth, task.goal.recall_target, rerank=task.rerank, fastest=fastest)
-    beside = KEY_BYTES + (2 * truth.vectors.shape[1] if task.rerank else 0)
-    bytes_per_vector = size_of(base.index) / count + beside
+    bytes_per_vector = _bytes_per_vector(task, candidate, base)
     chosen = best_setting(settings, task.goal.recall_target)
     set_search(base.index, chosen.parameters)
     qps = statistics.median(_pass(view, truth, task.rerank)[1] for _ in range(_ROUNDS))
@@ -390,6 +389,14 @@ def _measure(
         build_s=build_s,
     )
     return measured, base.index
+
+
+def _bytes_per_vector(task: _Task, candidate: Candidate, base: Base) -> float:
+    """Measured of all products; estimated from a sample, among which codebooks are shared by too few."""
+    if base.record.count < task.count:
+        return candidate.bytes_per_vector
+    beside = KEY_BYTES + (2 * base.record.width if task.rerank else 0)
+    return size_of(base.index) / task.count + beside
 
 
 def _built(task: _Task, factory: str, vectors: Float32[np.ndarray, "N D"]) -> Base:

@@ -276,6 +276,26 @@ def test_a_sample_decides_and_all_are_measured(tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 20) or []) > 20
 
 
+def test_a_sample_is_not_charged_with_what_all_products_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors, queries = catalogue(16_000)
+    queries = queries[:120]
+    kept, _ = candidates_for(16_000, 32)
+    (coded,) = [one for one in kept if "RaBitQ" in one.factory]
+    monkeypatch.setattr(tuning, "candidates_for", lambda *given, **options: ([coded], []))
+    # The rotation alone weighs four bytes for each of a thousand vectors.
+    budget = math.ceil(coded.bytes_per_vector * 16_000 * 1.03)
+    goal = TuningGoal(recall_target=0.8, sample=1_000, memory_budget=budget)
+    tuned = tune(vectors, queries, goal)
+    assert tuned.factory == coded.factory
+    assert all(one.fits for one in [*tuned.frontier.measured, tuned.frontier.taken])
+    # What is taken is held to the bytes that it has.
+    monkeypatch.setattr(tuning, "size_of", lambda index: budget)
+    with pytest.raises(UserError, match="no index reaches"):
+        tune(vectors, queries, goal)
+
+
 @pytest.mark.usefixtures("few_kinds")
 def test_a_target_that_nothing_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = catalogue(12_000)
