@@ -12,6 +12,7 @@ from jaxtyping import Float32
 
 from mmrec.errors import UserError
 from mmrec.retrieval.base import narrowed
+from mmrec.retrieval.filters import filterable, refuse_alike
 
 # Unit length as float16 and bfloat16 can hold it; what is further off was never normalised.
 _LENGTH_TOLERANCE = 0.01
@@ -79,6 +80,7 @@ def joined_attributes(ids: Sequence[str], attributes: pa.Table | None, key: str)
     if key not in attributes.column_names:
         found = ", ".join(attributes.column_names)
         raise UserError(f"attributes have no column '{key}'; found {found or 'none'}")
+    attributes = filterable(attributes)
     known = attributes[key].cast(pa.string()).to_pylist()
     rows = {id_: row for row, id_ in enumerate(known)}
     if len(rows) < len(known):
@@ -97,6 +99,7 @@ def fitted_attributes(products: pa.Table, schema: pa.Schema) -> pa.Table:
 
     Raises `UserError` naming a column whose values do not fit.
     """
+    refuse_alike([*schema.names, *products.column_names])
     columns = []
     for field in products.schema:
         column = products[field.name]

@@ -35,6 +35,7 @@ from mmrec.retrieval.faiss_base import (
     train_base,
     unfit_refused,
 )
+from mmrec.retrieval.filters import filterable
 from mmrec.retrieval.generations import (
     BASE,
     KEYS,
@@ -203,6 +204,7 @@ def _survey(
             sample.append(indexed[drawn[first:last] - start])
             start = end
     products = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    products = filterable(products)
     order = order_hashes(np.concatenate(hashes))
     _check_distinct(order, products.column(0))
     vectors, trained = np.concatenate(sample), trained[drawn]

@@ -1,5 +1,7 @@
 """Filters: the same matches as filter first, then search exactly; and what may not be asked."""
 
+from decimal import Decimal
+
 import faiss
 import numpy as np
 import pyarrow as pa
@@ -178,6 +180,18 @@ def test_a_filter_is_evaluated_once_a_generation(monkeypatch):
         ("category in (select content from read_text('/etc/hostname'))", "cannot hold a query"),
         ("read_text('/etc/hostname') = 'x'", "read_text"),
         ("price < $1", "parameter"),
+        *(
+            (where, "function .* is not for conditions")
+            for where in (
+                *("pg_sleep(3) is null", "sleep_ms(10) is null", "write_log('x') is null"),
+                *("random() < 0.5", "Now() > date '2020-01-01'", "len(range(10000000000)) > 1"),
+            )
+        ),
+        ('"mmrec row" < 3', "'mmrec row' is not a column"),
+        ("current_date > date '2020-01-01'", "'current_date' is not a column"),
+        ("current_user = 'x'", "'current_user' is not a column"),
+        ("row_number() over () < 3", "cannot hold a window"),
+        ("columns(*) is null", "cannot hold a star"),
     ],
 )
 def test_what_is_no_condition_is_refused_in_one_line_with_the_columns(where, message):
@@ -197,7 +211,7 @@ def test_the_engine_reads_no_files(tmp_path):
     from mmrec.retrieval import filters
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filters, "_refuse_queries", lambda *_: None)
+        patch.setattr(filters, "_parsed", lambda *_: {})
         for source in (
             f"read_csv('{tmp_path}/secret.csv')",
             f"'{tmp_path}/secret.csv'",
@@ -205,3 +219,52 @@ def test_the_engine_reads_no_files(tmp_path):
         ):
             with pytest.raises(UserError, match=r"columns: product_id"):
                 matching_rows(catalogue(), f"exists (select 1 from {source})")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "lower(category) like 'SHO%' or category ilike 'sho%' or category in ('shoes')",
+        "contains(category, 'hoe') and not category ~ 'x'",
+        "products.category = 'shoes' and list_filter([1, 2], lambda x: x > 1) = [2]",
+        "category = 'shoes' and date '2024-01-01' + interval 3 days < date '2025-01-01'",
+        "case when category = 'shoes' then coalesce(price, 1) >= 0 or price is null else false end",
+    ],
+)
+def test_text_lists_dates_and_cases_can_be_asked_for(where):
+    table = catalogue()
+    assert matching_rows(table, where).tolist() == [
+        row["category"] == "shoes" for row in table.to_pylist()
+    ]
+
+
+def test_names_that_a_condition_cannot_tell_apart_are_refused():
+    ids, vectors = names(2), unit_vectors(2)
+
+    def build_with(**columns):
+        table = pa.table({"product_id": ids, **columns})
+        return ProductIndex.build(ids, vectors, attributes=table)
+
+    with pytest.raises(UserError, match="'Price' and 'price' are one name in a condition"):
+        build_with(Price=[1, 100], price=[100, 1])
+    with pytest.raises(UserError, match="cannot be called 'mmrec row'"):
+        build_with(**{"mmrec row": [1, 2]})
+    index = build_with(price=[1, 100])
+    with pytest.raises(UserError, match="'price' and 'Price' are one name"):
+        index.upsert(["n"], vectors[:1], pa.table({"product_id": ["n"], "Price": [2]}))
+
+
+def test_types_that_duckdb_does_not_read_are_cast_when_they_come_in():
+    ids, vectors = names(2), unit_vectors(2)
+    odd = {
+        "half": pa.array(np.array([1, 2], np.float16)),
+        "long": pa.array([Decimal("1.5"), None], pa.decimal256(50, 2)),
+        "text": pa.array(["x", None], pa.string_view()),
+    }
+    table = pa.table({"product_id": ids, **odd})
+    index = ProductIndex.build(ids, vectors, attributes=table)
+    index.upsert(
+        ["new"], unit_vectors(1, seed=3), table.slice(0, 1).set_column(0, "product_id", [["new"]])
+    )
+    for where in ("half < 2", "long = 1.5", "text = 'x'"):
+        assert sorted(index.search(vectors[:1], 5, where=where).ids[0]) == ["new", ids[0]]
