@@ -55,9 +55,16 @@ class Measured:
     settings: list[Setting]
     """All that were tried, in their order; speeds of one pass."""
     setting: Setting
-    """The fastest that reaches the target, or the one that finds most; its speed a median of passes."""
+    """The fastest that reaches the target, or the one that finds most, measured again.
+
+    Its speed is a median of passes, its recall that of queries that had no part in the choice, where
+    there are enough.
+    """
+    margin: float
+    """Half of the 95% interval of that recall."""
     reached: bool
-    """Whether it reaches the target within the budget."""
+    """Whether it reaches the target within the budget: by the queries that chose, and, as far as
+    the intervals of both tell, by the others."""
     fits: bool
     """Whether its measured size is within the budget."""
     given_up: bool
@@ -76,7 +83,7 @@ class Measured:
             "" if self.reached else (" (below the target)" if self.fits else " (over the budget)")
         )
         return (
-            f"{self.factory}: recall@{k} {self.setting.recall:.4f}{short} at "
+            f"{self.factory}: recall@{k} {self.setting.recall:.4f} +- {self.margin:.4f}{short} at "
             f"{named(self.setting.parameters)}: {self.setting.qps:,.0f} queries/s, a single one "
             f"{self.p50_ms:.2f} ms, {self.bytes_per_vector:,.0f} bytes a vector, built in "
             f"{self.build_s:,.1f} s"
@@ -123,6 +130,7 @@ class Frontier:
             )
         found = "taken" if self.taken.reached else f"nothing reaches {self.recall_target}; the best"
         table.append(f"{found}: {self.taken.line(self.k)}")
+        table.append(f"{self.queries:,} queries; +- is the 95% interval of their recall")
         table.append(
             "the clock decides among those that reach the target: another run may take another"
         )
@@ -171,7 +179,7 @@ def named(parameters: Parameters) -> str:
 def _row(one: Measured, extrapolated: bool) -> tuple[str, ...]:
     return (
         one.factory,
-        f"{one.setting.recall:.4f}" + ("" if one.reached else " *"),
+        f"{one.setting.recall:.4f} +-{one.margin:.4f}" + ("" if one.reached else " *"),
         f"{'~' if extrapolated else ''}{one.qps_of_all:,.0f}",
         f"{one.p50_ms:.2f}",
         f"{one.bytes_per_vector:,.0f}",

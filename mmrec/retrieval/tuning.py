@@ -4,8 +4,10 @@ Shape letters: Q queries, N products, K matches, D width.
 
 Every candidate is built, its search parameters are swept by bisection until recall@k against exact search
 reaches the target, and its speed is measured there, all with queries as they will come: contents, whose
-vectors lie elsewhere than those of products. A large catalogue is measured on a random sample; the one
-that is taken is built on all of it and swept again, so that its figures are measured, too.
+vectors lie elsewhere than those of products. Half of them choose, and the other half say what was chosen:
+the least effort that reaches a target by some queries may fall short of it by others. A large catalogue is
+measured on a random sample; the one that is taken is built on all of it and swept again, so that its
+figures are measured, too.
 
 Recall and parameters at a recall are the same for a seed on one machine. The choice among those that reach
 the target is by the clock, and may fall otherwise where the clock runs otherwise.
@@ -23,7 +25,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from mmrec.errors import UserError
 from mmrec.retrieval.base import Base, base_in_memory, narrowed
@@ -49,8 +51,12 @@ from mmrec.retrieval.generations import Generation
 from mmrec.retrieval.index import ProductIndex
 from mmrec.retrieval.view import View
 
-# Queries searched at a time, and at most in all: a standard error of recall@10 below 0.002.
+# Queries searched at a time, and at most in all: a standard error of recall@10 below 0.003 on half of them.
 BATCH, MOST_QUERIES = 256, 2_048
+# Fewer say too little to choose by; with twice as many half are kept to measure what was chosen.
+LEAST_QUERIES = 100
+# Standard errors to either side of a mean that hold it 95 times of 100.
+_INTERVAL = 1.96
 SAMPLE = 100_000
 _SINGLES, _ROUNDS = 200, 3
 _SHORT_S, _MOST_PASSES = 0.1, 5
@@ -99,6 +105,10 @@ class Truth:
     k: int
     floors: Float32[np.ndarray, " Q"]
     """The score of each query's k-th best product."""
+
+    def of(self, some: slice) -> "Truth":
+        """The same of some of the queries."""
+        return replace(self, queries=self.queries[some], floors=self.floors[some])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +160,7 @@ def tune(
     rng = np.random.default_rng(goal.seed)
     queries, sample = _drawn(queries, MOST_QUERIES, rng), _drawn(vectors, goal.sample, rng)
     candidates, left_out = _candidates(task, vectors.shape[1])
+    _check_queries(len(queries), candidates, goal)
     if len(sample) < len(vectors):
         report(
             f"candidates are measured on {len(sample):,} of {len(vectors):,} products drawn at random; "
@@ -264,6 +275,33 @@ def check_goal(goal: TuningGoal) -> None:
         raise UserError(f"--tuning-sample {goal.sample}: expected at least 1000")
 
 
+def _check_queries(count: int, candidates: Sequence[Candidate], goal: TuningGoal) -> None:
+    """Refuse to choose by a few queries, unless there is nothing to choose."""
+    chooses = any(candidate.factory != "Flat" for candidate in candidates)
+    if not count or (count < LEAST_QUERIES and chooses and not goal.best_effort):
+        raise UserError(
+            f"{count} queries are too few to tune with; give {LEAST_QUERIES} at least, better 1,000, or take "
+            "what comes of them with --best-effort"
+        )
+
+
+def _halves(truth: Truth) -> tuple[Truth, Truth]:
+    """Queries that choose a setting, and others that measure it; where they are few, all do both."""
+    if len(truth.queries) < 2 * LEAST_QUERIES:
+        return truth, truth
+    return truth.of(slice(0, None, 2)), truth.of(slice(1, None, 2))
+
+
+def recall_of(truth: Truth, rows: Int64[np.ndarray, "Q K"]) -> float:
+    """The share of true matches among rows found, -1 for none; a tie with the last of them is one."""
+    return float(_recalls(truth, rows).mean())
+
+
+def _margin(truth: Truth, rows: Int64[np.ndarray, "Q K"]) -> float:
+    """Half of the 95% interval of a mean recall."""
+    return float(_INTERVAL * _recalls(truth, rows).std() / math.sqrt(len(rows)))
+
+
 def exact_truth(
     vectors: Float32[np.ndarray, "N D"], queries: Float32[np.ndarray, "Q D"], k: int
 ) -> Truth:
@@ -273,12 +311,12 @@ def exact_truth(
     return Truth(queries=queries, vectors=vectors, k=k, floors=scores[:, -1])
 
 
-def recall_of(truth: Truth, rows: Int64[np.ndarray, "Q K"]) -> float:
-    """The share of true matches among rows found, -1 for none; a tie with the last of them is one."""
+def _recalls(truth: Truth, rows: Int64[np.ndarray, "Q K"]) -> Float64[np.ndarray, " Q"]:
+    """The recall of each query."""
     found = np.where(rows >= 0, rows, 0)
     scores = np.einsum("qd,qkd->qk", truth.queries, truth.vectors[found])
     hits = (scores >= truth.floors[:, None] - _TIE) & (rows >= 0)
-    return float(hits.sum()) / (len(rows) * truth.k)
+    return hits.sum(axis=1) / truth.k
 
 
 def _drawn(vectors: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
@@ -366,11 +404,17 @@ def _measure(
     base = _built(task, factory, truth.vectors)
     build_s = time.perf_counter() - started
     view = View.of(base)
-    settings = sweep(view, truth, task.goal.recall_target, rerank=task.rerank, fastest=fastest)
+    choosing, truth = _halves(truth)
+    settings = sweep(view, choosing, task.goal.recall_target, rerank=task.rerank, fastest=fastest)
     bytes_per_vector = _bytes_per_vector(task, candidate, base)
     chosen = best_setting(settings, task.goal.recall_target)
     set_search(base.index, chosen.parameters)
-    qps = statistics.median(_pass(view, truth, task.rerank)[1] for _ in range(_ROUNDS))
+    passes = [_pass(view, truth, task.rerank) for _ in range(_ROUNDS)]
+    rows, qps = passes[0][0], statistics.median(qps for _, qps in passes)
+    recall, margin = recall_of(truth, rows), _margin(truth, rows)
+    # Both halves err.
+    doubt = math.sqrt(2) * margin
+    reaches = chosen.recall >= task.goal.recall_target <= recall + doubt
     p50, p99 = _single_ms(view, truth, task.rerank)
     fits = not task.goal.memory_budget or bytes_per_vector * task.count <= task.goal.memory_budget
     measured = Measured(
@@ -378,8 +422,9 @@ def _measure(
         factory=factory,
         products=count,
         settings=settings,
-        setting=replace(chosen, qps=qps),
-        reached=chosen.recall >= task.goal.recall_target and fits,
+        setting=replace(chosen, recall=recall, qps=qps),
+        margin=margin,
+        reached=reaches and fits,
         fits=fits,
         given_up=settings[-1].qps < _HOPELESS * fastest,
         qps_of_all=scaled_qps(qps, candidate.growth, count, task.count),
@@ -449,8 +494,8 @@ def sweep(
 
     def measure(parameters: Parameters) -> Setting:
         set_search(index, parameters)
-        recall, qps = _pass(view, truth, rerank)
-        settings.append(Setting(parameters=parameters, recall=recall, qps=qps))
+        rows, qps = _pass(view, truth, rerank)
+        settings.append(Setting(parameters=parameters, recall=recall_of(truth, rows), qps=qps))
         return settings[-1]
 
     swept = search_range(index)
@@ -511,8 +556,8 @@ def best_setting(settings: Sequence[Setting], target: float) -> Setting:
     return max(settings, key=lambda setting: (setting.recall, setting.qps))
 
 
-def _pass(view: View, truth: Truth, rerank: bool) -> tuple[float, float]:
-    """Recall and queries a second of all queries, in batches; a short pass is repeated for the clock."""
+def _pass(view: View, truth: Truth, rerank: bool) -> tuple[Int64[np.ndarray, "Q K"], float]:
+    """Rows found and queries a second of all queries, in batches; a short pass is repeated for the clock."""
     seconds: list[float] = []
     found: list[np.ndarray] = []
     while not seconds or (sum(seconds) < _SHORT_S and len(seconds) < _MOST_PASSES):
@@ -522,7 +567,7 @@ def _pass(view: View, truth: Truth, rerank: bool) -> tuple[float, float]:
             for start in range(0, len(truth.queries), BATCH)
         ]
         seconds.append(time.perf_counter() - started)
-    return recall_of(truth, np.concatenate(found)), len(truth.queries) / min(seconds)
+    return np.concatenate(found), len(truth.queries) / min(seconds)
 
 
 def _single_ms(view: View, truth: Truth, rerank: bool) -> tuple[float, float]:

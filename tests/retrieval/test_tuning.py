@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -193,6 +194,7 @@ def measured(name: str, qps: float, recall: float, *, target: float = 0.9, fits:
         setting=setting,
         reached=recall >= target and fits,
         fits=fits,
+        margin=0.0,
         given_up=False,
         qps_of_all=qps,
         p50_ms=1.0,
@@ -240,10 +242,15 @@ def test_tuning_takes_an_index_that_reaches_the_target() -> None:
     }
     order = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
     _, rows = tuned.index.search(queries, 10)
-    pairs = zip(rows.tolist(), order.tolist(), strict=True)
+    pairs = list(zip(rows.tolist(), order.tolist(), strict=True))
     recall = np.mean([len({*ours} & {*true}) / 10 for ours, true in pairs])
-    assert recall >= 0.9
-    assert recall == pytest.approx(tuned.frontier.taken.setting.recall, abs=1e-6)
+    assert recall >= 0.89
+    # Every other query chose; the others say what was chosen.
+    found = np.array([len({*ours} & {*true}) / 10 for ours, true in pairs[1::2]])
+    taken = tuned.frontier.taken
+    assert found.mean() == pytest.approx(taken.setting.recall, abs=1e-6)
+    assert taken.margin == pytest.approx(1.96 * found.std() / math.sqrt(150), abs=1e-6)
+    assert max(setting.recall for setting in taken.settings) >= 0.9
     reaching = [one for one in tuned.frontier.measured if one.reached]
     assert tuned.frontier.taken.setting.qps == max(one.setting.qps for one in reaching)
     table = tuned.frontier.lines()
@@ -263,7 +270,7 @@ def test_a_sample_decides_and_all_are_measured(tmp_path: Path) -> None:
     assert tuned.index.ntotal == 16_000
     assert [one.factory for one in tuned.frontier.measured] == [f"IVF{num_lists(4_000)},SQ8"]
     assert tuned.frontier.taken.products == 16_000
-    assert tuned.frontier.taken.setting.recall >= 0.9
+    assert tuned.frontier.taken.setting.recall >= 0.88
     assert any("drawn at random" in line for line in lines)
     assert any("~" in line for line in tuned.frontier.lines())
     one = tuned.frontier.measured[0]
@@ -337,9 +344,8 @@ def test_nested_widths_are_measured_against_the_full_one() -> None:
     again = tune(vectors, queries, goal, indexed_width=16, rerank=True).frontier.taken
     index = ProductIndex.build(names(3_000), vectors, indexed_width=16)
     found = [[int(id_[4:]) for id_ in row] for row in index.search(queries, 10).ids]
-    assert plain.setting.recall == pytest.approx(
-        recall_of(exact_truth(vectors, queries, 10), np.array(found)), abs=1e-3
-    )
+    truth = exact_truth(vectors, queries, 10).of(slice(1, None, 2))
+    assert plain.setting.recall == pytest.approx(recall_of(truth, np.array(found)[1::2]), abs=1e-3)
     assert again.setting.recall > plain.setting.recall + 0.1
     assert again.bytes_per_vector == pytest.approx(plain.bytes_per_vector + 2 * 32, abs=0.1)
 
@@ -356,6 +362,18 @@ def test_nested_widths_are_measured_against_the_full_one() -> None:
 def test_a_goal_that_cannot_be_aimed_at(goal: TuningGoal, message: str) -> None:
     with pytest.raises(UserError, match=message):
         tune(*catalogue(100), goal)
+
+
+@pytest.mark.usefixtures("few_kinds")
+def test_few_queries_choose_nothing() -> None:
+    vectors, queries = catalogue(12_000)
+    goal = TuningGoal(recall_target=0.9, memory_budget=12_000 * 100)
+    with pytest.raises(UserError, match="99 queries are too few to tune with; give 100 at least"):
+        tune(vectors, queries[:99], goal)
+    taken = tune(vectors, queries[:50], replace(goal, best_effort=True)).frontier
+    assert "50 queries; +- is the 95% interval" in "\n".join(taken.lines())
+    # Of what is exact there is nothing to choose.
+    assert tune(vectors[:500], queries[:1], TuningGoal()).factory == "Flat"
 
 
 def test_parameters_stay_through_saving_opening_and_compaction(tmp_path: Path) -> None:
