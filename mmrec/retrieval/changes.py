@@ -5,10 +5,12 @@ Shape letters: N rows of the base, M rows of the delta, D width, I indexed width
 Every call of upsert or delete leaves one file, `changes/00000001.change` and so on: a magic word, the
 length and SHA-256 of what follows, and that as an Arrow stream of ids, vectors and attributes. The file
 is brought to the disk under a temporary name and then renamed, so it is there whole or not at all, and a
-damaged one cannot pass for one that was never finished.
+damaged one cannot pass for one that was never finished. `changes/acknowledged` has the number of the last one,
+so that its loss is noticed, too.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,10 +23,11 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Int64
 
 from mmrec.errors import UserError
-from mmrec.retrieval.generations import CHANGES, replace_file
+from mmrec.retrieval.generations import CHANGES, full_disk_refused, replace_file
 
 _MAGIC = b"MMREC-C1"
 _HEADER = len(_MAGIC) + 8 + 32
+_ACKNOWLEDGED = "acknowledged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,12 @@ def write_change(generation: Path, sequence: int, belongs_to: str, change: Chang
         writer.write_table(table)
     body = memoryview(stream.getvalue())
     header = _MAGIC + len(body).to_bytes(8, "little") + sha256(body).digest()
-    replace_file(_path(generation, sequence), b"".join([header, body]))
+    with full_disk_refused(generation.parent.parent):
+        replace_file(_path(generation, sequence), b"".join([header, body]))
+    # Not waited for: a number that a power failure set back is one that nothing is missed by.
+    noted = os.open(generation / CHANGES / _ACKNOWLEDGED, os.O_WRONLY | os.O_CREAT, 0o666)
+    os.pwrite(noted, f"{sequence:08d}\n".encode(), 0)
+    os.close(noted)
 
 
 def read_changes(generation: Path, belongs_to: str, *, after: int = 0) -> Iterator[Change]:
@@ -70,14 +78,19 @@ def read_changes(generation: Path, belongs_to: str, *, after: int = 0) -> Iterat
     folder = generation / CHANGES
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    noted = _acknowledged(folder / _ACKNOWLEDGED)  # Before the others: a writer may be at work.
     last = max((int(path.stem) for path in folder.glob("[0-9]*.change")), default=0)
-    for sequence in range(after + 1, last + 1):
+    for sequence in range(after + 1, max(last, noted) + 1):
         yield read_change(_path(generation, sequence), belongs_to)
 
 
-def count_changes(generation: Path) -> int:
-    """How many changes a generation has."""
-    return sum(1 for _ in (generation / CHANGES).glob("[0-9]*.change"))
+def _acknowledged(path: Path) -> int:
+    """The number of the last change; 0 before the first."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = text.strip(" \n\0") or "0"  # What a power failure may have left of the first number.
+    if not text.isdecimal():
+        raise UserError(f"{path}: expected the number of the last change, found '{text[:20]}'")
+    return int(text)
 
 
 def read_change(path: Path, belongs_to: str) -> Change:
@@ -85,7 +98,7 @@ def read_change(path: Path, belongs_to: str) -> Change:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, and later changes are there") from None
+        raise UserError(f"{path}: no such file, and it or a later one was acknowledged") from None
     if not data.startswith(_MAGIC):
         raise UserError(f"{path}: not a file of changes that this version reads")
     size = int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 8], "little")

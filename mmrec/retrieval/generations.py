@@ -5,17 +5,20 @@
     writer.lock                            locked by the one process that changes the index
     generations/000002/manifest.json       what the index was built from
     generations/000002/generation.json     the record below; readers hold a shared lock on it
+    generations/000002/seal.json           hashes of these two
     generations/000002/base.faiss          the FAISS index, always a CPU one
     generations/000002/products.arrow      product_id and attributes, in the base's row order
     generations/000002/keys.npy            hashes of the ids in order, and their rows
     generations/000002/vectors.npy         optional: float16 vectors at full width
     generations/000002/changes/00000001.change   what was changed since: see changes.py
+    generations/000002/changes/acknowledged      the number of the last of them
 
 Of a generation only `changes/` grows. A new one is written under a temporary name, brought to the disk,
 renamed, and then named by CURRENT, which is itself replaced by a rename. So whoever opens an index
 finds the old generation or the new one. Locks are flock's: they vanish with the process that held them.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +27,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,9 +45,13 @@ from mmrec.manifest import (
 
 BASE, PRODUCTS, KEYS, VECTORS = "base.faiss", "products.arrow", "keys.npy", "vectors.npy"
 RECORD, CHANGES, CURRENT, WRITER_LOCK = "generation.json", "changes", "CURRENT", "writer.lock"
+_SEAL = "seal.json"
 _FOLDER, _TEMPORARY, _REMOVED = "generations", ".tmp-", ".removed-"
 # Readers on other machines hold no lock that is seen here; what they most likely read is the last one.
 KEPT_GENERATIONS = 2
+# Read of each file at every opening: 4 MiB take some 2 ms, and tell files of two indexes apart.
+_BLOCK, _BLOCKS = 65_536, 64
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +73,7 @@ class Generation:
     imbalance: float
     """FAISS's imbalance factor of the inverted lists: 1 when all are equally long."""
     files: dict[str, dict[str, Any]]
-    """For each file its size in `bytes` and its `sha256`."""
+    """For each file its size in `bytes`, its `sha256`, and in `blocks` that of some blocks of it."""
     metric: str = "inner_product"
     upserted_error: float | None = None
     """The quantization error of what was upserted since the build and folded in; None where nothing was."""
@@ -128,7 +136,7 @@ def lock_writer(folder: Path) -> IO[str]:
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    if (folder / CURRENT).is_file():
+    if has_live_generation(folder):
         _clear_leftovers(folder)
     return lock
 
@@ -136,7 +144,8 @@ def lock_writer(folder: Path) -> IO[str]:
 def read_record(generation: Path, *, verify: bool) -> Generation:
     """Read `generation.json` and hold the files beside it against it.
 
-    Sizes are always compared, hashes on `verify`. Raises `UserError` naming the file that is wrong.
+    Sizes and some blocks of each file are always compared; on `verify` all bytes, and the manifests.
+    Raises `UserError` naming the file that is wrong.
     """
     path = generation / RECORD
     if not path.is_file():
@@ -150,6 +159,7 @@ def read_record(generation: Path, *, verify: bool) -> Generation:
             raise KeyError(*sorted(missing))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a record that this version reads ({error!r})") from None
+    _check_seal(generation, verify=verify)
     for name, size in sizes.items():
         file = generation / name
         found = file.stat().st_size if file.is_file() else None
@@ -157,18 +167,61 @@ def read_record(generation: Path, *, verify: bool) -> Generation:
             raise UserError(f"{file}: no such file")
         if found != size:
             raise UserError(f"{file}: is {found} bytes long, and was saved with {size}")
-        if verify and hash_file(file) != hashes[name]:
+        blocks = record.files[name].get("blocks")  # Earlier versions wrote none.
+        same = blocks is None or _hash_blocks(file) == blocks
+        if not same or (verify and hash_file(file) != hashes[name]):
             raise UserError(f"{file}: is not the file that was saved: its SHA-256 differs")
     return record
+
+
+def _check_seal(generation: Path, *, verify: bool) -> None:
+    """Hold record and manifest against their hashes, and on `verify` the folder's manifest, too."""
+    seal = generation / _SEAL
+    if seal.is_file():
+        try:
+            hashes = dict(json.loads(seal.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{seal}: cannot be read ({error})") from None
+        for name in (RECORD, FILE_NAME):
+            file = generation / name
+            if file.is_file() and hash_file(file) != hashes.get(name):
+                raise UserError(f"{file}: is not the file that was saved: its SHA-256 differs")
+    if not verify:
+        return
+    if not seal.is_file():
+        raise UserError(f"{seal}: no such file; `mmrec index build` anew writes it")
+    # A writer killed between CURRENT and this copy leaves that of the generation before.
+    folder = generation.parent.parent
+    manifests = [path.read_bytes() for path in generation.parent.glob(f"*/{FILE_NAME}")]
+    if (folder / FILE_NAME).read_bytes() not in manifests:
+        raise UserError(f"{folder / FILE_NAME}: is not that of a generation of this index")
 
 
 def describe_files(generation: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of every file of a generation that is being written."""
     return {
-        name: {"bytes": (generation / name).stat().st_size, "sha256": hash_file(generation / name)}
+        name: {
+            "bytes": (generation / name).stat().st_size,
+            "sha256": hash_file(generation / name),
+            "blocks": _hash_blocks(generation / name),
+        }
         for name in (BASE, PRODUCTS, KEYS, VECTORS)
         if (generation / name).is_file()
     }
+
+
+def _hash_blocks(path: Path) -> str:
+    """The SHA-256 of blocks spread over a file, its first and last among them; of a small file all."""
+    size = path.stat().st_size
+    starts = [max(0, size - _BLOCK) * number // (_BLOCKS - 1) for number in range(_BLOCKS)]
+    if size <= _BLOCK * _BLOCKS:
+        starts = list(range(0, size, _BLOCK))
+    digest = sha256()
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def manifest_of(record: Generation, **facts: Any) -> Manifest:
@@ -188,6 +241,8 @@ def finish_generation(generation: Path, record: Generation, manifest: Manifest) 
     text = json.dumps(asdict(record), indent=2)
     (generation / RECORD).write_text(text + "\n", encoding="utf-8")
     write_manifest(generation, manifest)
+    hashes = {name: hash_file(generation / name) for name in (RECORD, FILE_NAME)}
+    (generation / _SEAL).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     (generation / CHANGES).mkdir()
     for path in generation.iterdir():
         sync(path)
@@ -203,15 +258,15 @@ def published_generation(out: Path, *, overwrite: bool, is_writer: bool = False)
     """
     check_output(out, kind="index", overwrite=overwrite)
     with ExitStack() as stack:
-        replaces = _has_live_generation(out)
-        if replaces and not is_writer:
+        if (out / FILE_NAME).is_file() and not is_writer:
             stack.enter_context(lock_writer(out))
+        replaces = has_live_generation(out)
         new = None if replaces else new_folder(out, kind="index", overwrite=overwrite)
         home = stack.enter_context(new) if new else out
         yield stack.enter_context(next_generation(home))
 
 
-def _has_live_generation(folder: Path) -> bool:
+def has_live_generation(folder: Path) -> bool:
     """Whether an index is there that readers may have open; a damaged one is replaced as a folder."""
     try:
         return live_generation(folder).is_dir()
@@ -232,7 +287,8 @@ def next_generation(folder: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with full_disk_refused(folder):
+            yield temporary
         temporary.rename(home / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -240,6 +296,21 @@ def next_generation(folder: Path) -> Iterator[Path]:
     replace_file(folder / CURRENT, f"{name}\n".encode())
     _copy_manifest(folder)
     _remove_old(folder)
+
+
+@contextmanager
+def full_disk_refused(folder: Path) -> Iterator[None]:
+    """Where the disk is full, the reader can mend that, whoever wrote: FAISS has an error of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reasons = [os.strerror(number) for number in _FULL]
+        reason = next((reason for reason in reasons if reason in str(error)), None)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{folder}: cannot be written ({reason}); it is as it was: make room, and try again"
+        ) from None
 
 
 def replace_file(path: Path, data: bytes) -> None:

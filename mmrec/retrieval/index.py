@@ -48,6 +48,7 @@ from mmrec.retrieval.faiss_base import (
 )
 from mmrec.retrieval.generations import (
     Generation,
+    has_live_generation,
     live_generation,
     lock_writer,
     manifest_of,
@@ -220,9 +221,13 @@ class ProductIndex:
         writer holds it.
         """
         out = Path(out)
+        own = self._folder is not None and _is_same_folder(self._folder, out)
         with self._changing:
+            was_writer = own and self._writer is not None
+            if own and overwrite and has_live_generation(out):
+                self._become_writer()  # What others changed since is not to be lost.
             base = self._folded()
-            is_writer = bool(self._writer and _is_same_folder(self._folder or out, out))
+            is_writer = own and self._writer is not None
             with published_generation(out, overwrite=overwrite, is_writer=is_writer) as generation:
                 record = write_files(generation, base)
                 manifest = manifest_of(
@@ -234,7 +239,7 @@ class ProductIndex:
                 )
                 finish_base(generation, record, manifest)
         with self._changing:
-            if self._folder is None or not _is_same_folder(self._folder, out):
+            if not was_writer:
                 self.close()
             # What this object was opened from, perhaps with another encoder, is behind it.
             self._folder, self.manifest = out, None

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -168,8 +169,61 @@ def test_missing_and_foreign_changes_are_named(changed, tmp_path):
     with pytest.raises(UserError, match=r"00000002\.change: is change 1 of another generation"):
         ProductIndex.load(changed)
     second.unlink()
-    with pytest.raises(UserError, match=r"00000002\.change: no such file, and later changes"):
+    with pytest.raises(UserError, match=r"00000002\.change: no such file, and it or a later"):
         ProductIndex.load(changed)
+
+
+def test_a_last_change_that_is_gone_is_named(changed):
+    assert (changes_of(changed) / "acknowledged").read_text() == "00000003\n"
+    (changes_of(changed) / "00000003.change").unlink()
+    with pytest.raises(UserError, match=r"00000003\.change: no such file"):
+        ProductIndex.load(changed)
+
+
+def test_a_stale_object_saves_what_others_changed(changed):
+    stale = ProductIndex.load(changed, device="cpu")
+    with ProductIndex.load(changed, device="cpu") as writer:
+        writer.upsert(["late"], unit_vectors(1))
+        writer.delete(["n0"])
+        with pytest.raises(UserError, match="is being changed by another writer"):
+            stale.save(changed, overwrite=True)
+    stale.save(changed, overwrite=True)
+    assert "late" in stale
+    opened = ProductIndex.load(changed, device="cpu")
+    assert "late" in opened
+    assert "n0" not in opened
+    opened.upsert(["later"], unit_vectors(1))  # Saving left no writer behind.
+
+
+def test_a_damaged_index_is_not_replaced_under_its_writer(changed):
+    with ProductIndex.load(changed, device="cpu") as writer:
+        writer.delete([])
+        (changed / "CURRENT").write_text("000007\n")
+        with pytest.raises(UserError, match="is being changed by another writer"):
+            ProductIndex.build(names(5), unit_vectors(5)).save(changed, overwrite=True)
+    ProductIndex.build(names(5), unit_vectors(5)).save(changed, overwrite=True)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8"])
+def test_a_full_disk_is_one_line_and_changes_nothing(factory, tmp_path):
+    """A limit on the size of files stands for the disk; FAISS and Python have errors of their own."""
+    folder = tmp_path / "index"
+    ProductIndex.build(names(COUNT), unit_vectors(COUNT), factory=factory).save(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ProductIndex.load(folder, device="cpu") as index:
+        index.delete(names(3))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+        try:
+            for change in (
+                index.compact,
+                lambda: index.save(folder, overwrite=True),
+                lambda: index.upsert(names(50), unit_vectors(50)),
+            ):
+                with pytest.raises(UserError, match=r"index: cannot be written \(File too large\)"):
+                    change()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(ProductIndex.load(folder, verify=True)) == COUNT - 3
 
 
 def test_a_reader_that_finds_damage_keeps_its_state(changed):

@@ -15,7 +15,7 @@ import pytest
 
 from mmrec.errors import UserError
 from mmrec.manifest import Parent, read_manifest
-from mmrec.retrieval import base
+from mmrec.retrieval import base, generations
 from mmrec.retrieval.index import ProductIndex, measure_recall
 
 WIDTH = 32
@@ -344,6 +344,7 @@ def test_the_folder_and_its_manifest(tmp_path):
         "generations/000001/keys.npy",
         "generations/000001/manifest.json",
         "generations/000001/products.arrow",
+        "generations/000001/seal.json",
         "manifest.json",
     ]
     assert (tmp_path / "index" / "CURRENT").read_text() == "000001\n"
@@ -390,25 +391,68 @@ def test_damaged_files_are_named(name, saved):
     path.write_bytes(whole[:-50])
     with pytest.raises(UserError, match=f"{name}: is {len(whole) - 50} bytes long"):
         ProductIndex.load(saved)
-    path.write_bytes(b"\x07" * len(whole))
-    with pytest.raises(UserError, match=f"{name}: not an? .* that can be read"):
-        ProductIndex.load(saved)
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match=f"{name}: is not the file that was saved"):
-        ProductIndex.load(saved, verify=True)
+    for place in (0, len(whole) // 2, -1):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=f"{name}: is not the file that was saved"):
+            ProductIndex.load(saved)
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: no such file"):
         ProductIndex.load(saved)
 
 
+@pytest.mark.parametrize("name", ["base.faiss", "products.arrow", "keys.npy", "manifest.json"])
+def test_files_of_an_index_of_equal_size_are_named(name, saved, tmp_path):
+    ids = names(20)[::-1]
+    other = ProductIndex.build(ids, unit_vectors(20, seed=7), attributes=table_of(ids))
+    other.save(tmp_path / "other")
+    shutil.copy(generation_of(tmp_path / "other") / name, generation_of(saved) / name)
+    with pytest.raises(UserError, match=f"{name}: is not the file that was saved"):
+        ProductIndex.load(saved)
+
+
+def test_blocks_of_a_large_file_are_compared_at_every_opening(saved, monkeypatch):
+    """Its ends, and others between them; what lies elsewhere is found by `verify`."""
+    monkeypatch.setattr(generations, "_BLOCK", 64)
+    monkeypatch.setattr(generations, "_BLOCKS", 4)
+    ProductIndex.build(names(20), unit_vectors(20)).save(saved, overwrite=True)
+    path = saved / "generations/000002/base.faiss"
+    whole = path.read_bytes()
+    for place, at_once in ((0, True), (-1, True), ((len(whole) - 64) // 3, True), (100, False)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        if not at_once:
+            ProductIndex.load(saved)
+        with pytest.raises(UserError, match=r"base\.faiss: is not the file that was saved"):
+            ProductIndex.load(saved, verify=not at_once)
+
+
+@pytest.mark.parametrize("name", ["generation.json", "manifest.json"])
+def test_an_edited_record_or_manifest_is_named(name, saved):
+    for path in (saved / "manifest.json", generation_of(saved) / name):
+        whole = path.read_text()
+        path.write_text(whole.replace("20", "21"))
+        with pytest.raises(UserError, match=f"{path.name}: is not "):
+            ProductIndex.load(saved, verify=True)
+        path.write_text(whole)
+    ProductIndex.load(saved, verify=True)
+    (generation_of(saved) / "seal.json").unlink()
+    ProductIndex.load(saved)
+    with pytest.raises(UserError, match=r"seal\.json: no such file"):
+        ProductIndex.load(saved, verify=True)
+
+
 def replace_base(folder: Path, base) -> None:
-    """Put another FAISS index in, with a record that agrees in size."""
+    """Put another FAISS index in, with a record that agrees, as an earlier version wrote it."""
     path = generation_of(folder) / "base.faiss"
     faiss.write_index(base, str(path))
     record_path = generation_of(folder) / "generation.json"
     record = json.loads(record_path.read_text())
-    record["files"]["base.faiss"]["bytes"] = path.stat().st_size
+    record["files"]["base.faiss"] = {"bytes": path.stat().st_size, "sha256": "unknown"}
     record_path.write_text(json.dumps(record))
+    (generation_of(folder) / "seal.json").unlink(missing_ok=True)
 
 
 def test_a_foreign_index_is_refused(saved):
