@@ -5,7 +5,7 @@ Shape letters: N rows of the base, M rows of the delta, D width, I indexed width
 Every call of upsert or delete leaves one file, `changes/00000001.change` and so on: a magic word, the
 length and SHA-256 of what follows, and that as an Arrow stream of ids, vectors and attributes. The file
 is brought to the disk under a temporary name and then renamed, so it is there whole or not at all, and a
-damaged one cannot pass for one that was never finished. `changes/acknowledged` has the number of the last one,
+damaged one cannot pass for one that was never finished. `changes/acknowledged` has the number of the last,
 so that its loss is noticed, too.
 """
 
@@ -82,6 +82,15 @@ def read_changes(generation: Path, belongs_to: str, *, after: int = 0) -> Iterat
     last = max((int(path.stem) for path in folder.glob("[0-9]*.change")), default=0)
     for sequence in range(after + 1, max(last, noted) + 1):
         yield read_change(_path(generation, sequence), belongs_to)
+
+
+def hash_changes(generation: Path, count: int) -> str:
+    """A hash of the first `count` changes, from those that their files begin with."""
+    digest = sha256()
+    for sequence in range(1, count + 1):
+        with _path(generation, sequence).open("rb") as file:
+            digest.update(file.read(_HEADER))
+    return digest.hexdigest()
 
 
 def _acknowledged(path: Path) -> int:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from jaxtyping import Float, Float32, Int64
 
 from mmrec.errors import UserError
-from mmrec.manifest import Manifest, Parent, read_manifest
+from mmrec.manifest import Manifest, Parent, fingerprint_of, read_manifest
 from mmrec.retrieval.base import (
     Base,
     base_in_memory,
@@ -28,7 +28,7 @@ from mmrec.retrieval.base import (
     open_live_base,
     write_files,
 )
-from mmrec.retrieval.changes import Change, read_changes, write_change
+from mmrec.retrieval.changes import Change, hash_changes, read_changes, write_change
 from mmrec.retrieval.drift import (
     IndexStatus,
     imbalance_now,
@@ -294,6 +294,16 @@ class ProductIndex:
     def device(self) -> Literal["cpu", "cuda"]:
         """Where searches run."""
         return self._view.base.device
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Names all that a saved index holds, changes too, as of now; None while it is in memory."""
+        with self._changing:
+            path = self._view.base.path
+            if path is None or self.manifest is None:
+                return None
+            changes = hash_changes(path.parent, len(self._facts))
+            return fingerprint_of({"index": self.manifest.fingerprint, "changes": changes})
 
     @property
     def keeps_vectors(self) -> bool:

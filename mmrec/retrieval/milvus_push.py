@@ -5,10 +5,10 @@ them are there. So searches never see half a catalogue, and a push that was brok
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -16,10 +16,11 @@ from mmrec.data.storage import joined
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, Parent, fingerprint_of
 from mmrec.retrieval.index import ProductIndex
+from mmrec.retrieval.intake import name_ids
 from mmrec.retrieval.milvus import BATCH, COLLECTION, KINDS, Facts, MilvusIndex, Server, upsert_rows
 from mmrec.retrieval.milvus_rows import MAX_BYTES, VECTOR, columns_of, plain_type, to_rows
 
-_CHECKED = 100
+_CHECKED = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ def push_index(
 ) -> Pushed:
     """Move an index with its attributes and lineage into a collection, and replace what it held.
 
-    `kind` is one of `KINDS`. Counts and a sample of vectors are compared before the collection is
-    published. Raises `UserError` when nothing answers at the URI, when the collection is another
+    `kind` is one of `KINDS`. Rows that an earlier run sent are read back and compared, and of the others a
+    sample, vectors and attributes, before the collection is published. Raises `UserError` when nothing answers at the URI, when the collection is another
     encoder's or not mmrec's, when the index keeps no vectors, and for values that Milvus cannot hold.
     """
     if kind not in KINDS:
@@ -76,7 +77,6 @@ def push_index(
 
 def _facts_of(index: ProductIndex, folder: Path, kind: str) -> Facts:
     assert index.manifest is not None
-    status = index.status()
     own = Parent(kind="index", fingerprint=index.manifest.fingerprint, path=str(folder.resolve()))
     # A collection lies in no folder that paths could be relative to.
     ancestors = [
@@ -87,14 +87,7 @@ def _facts_of(index: ProductIndex, folder: Path, kind: str) -> Facts:
         )
         for parent in index.manifest.parents
     ]
-    source = fingerprint_of(
-        {
-            "index": index.manifest.fingerprint,
-            "generation": status.generation,
-            "changes": str(status.changes),
-            "kind": kind,
-        }
-    )
+    source = fingerprint_of({"index": index.fingerprint or "", "kind": kind})
     manifest = Manifest(
         kind="index",
         config={"backend": "milvus", "kind": kind},
@@ -171,7 +164,7 @@ def _make_staging(server: Server, staging: str, index: ProductIndex, facts: Fact
 
 
 def _send(server: Server, staging: str, index: ProductIndex, facts: Facts, progress: bool) -> int:
-    """Write what is not there yet; returns how many rows were."""
+    """Write what is not there yet as it should be; returns how many rows were."""
     filling = MilvusIndex(server, staging, facts)
     products, columns = index.products, columns_of(facts.schema)
     ids = products[index.key].to_pylist()
@@ -179,6 +172,7 @@ def _send(server: Server, staging: str, index: ProductIndex, facts: Facts, progr
     for start in tqdm(range(0, len(ids), BATCH), desc="push", disable=not progress):
         batch = ids[start : start + BATCH]
         there = filling.present(batch) if resuming else set()
+        there -= set(_differing(filling, index, [id_ for id_ in batch if id_ in there]))
         resumed += len(there)
         rows = [row for row, id_ in enumerate(batch) if id_ not in there]
         if rows:
@@ -189,7 +183,7 @@ def _send(server: Server, staging: str, index: ProductIndex, facts: Facts, progr
 
 
 def _verify(server: Server, staging: str, index: ProductIndex, facts: Facts) -> None:
-    """Count the rows, and read some vectors back, before they are served."""
+    """Count the rows, and read some of them back, before they are served."""
     server.ask("flush", staging)
     count = server.count(staging)
     if count != len(index):
@@ -198,6 +192,22 @@ def _verify(server: Server, staging: str, index: ProductIndex, facts: Facts) -> 
         )
     ids = index.ids
     sample = ids[:: max(1, len(ids) // _CHECKED)]
-    there = MilvusIndex(server, staging, facts).vectors(sample)
-    if not np.array_equal(there, index.vectors(sample)):
-        raise UserError(f"{server.uri}: gives other vectors back than it was sent in '{staging}'")
+    other = _differing(MilvusIndex(server, staging, facts), index, sample)
+    if other:
+        raise UserError(
+            f"{server.uri}: gives other vectors or attributes back than it was sent in '{staging}': "
+            f"{name_ids(other)}; push once more"
+        )
+
+
+def _differing(there: MilvusIndex, index: ProductIndex, ids: Sequence[str]) -> list[str]:
+    """Those products whose vector or attributes are not the same in Milvus."""
+    if not ids:
+        return []
+    same = (there.vectors(ids) == index.vectors(ids)).all(axis=1).tolist()
+    own, theirs = index.attributes_of(ids), there.attributes_of(ids)
+    return [
+        id_
+        for id_, equal, mine, other in zip(ids, same, own, theirs, strict=True)
+        if not equal or any(mine.get(name) != value for name, value in other.items())
+    ]

@@ -122,5 +122,11 @@ def _restored(values: list[Any], column: Column) -> pa.Array:
     inner = [value and (json.loads(value) if isinstance(value, str) else value) for value in values]
     inner = [value and value["value"] for value in inner]
     if pa.types.is_null(column.type) or pa.types.is_nested(column.type):
-        return pa.array(inner, column.type)
+        try:
+            return pa.array(inner, column.type)
+        except pa.ArrowException:
+            raise UserError(
+                f"attribute '{column.name}' ({column.type}) does not come back from Milvus as it was; build "
+                "the index without it"
+            ) from None
     return pa.array(inner, pa.string()).cast(column.type)

@@ -322,6 +322,63 @@ def test_a_push_of_a_changed_index_replaces_what_was_there(tmp_path: Path) -> No
             same_matches(here, there, where="colour = 'red'")
 
 
+def priced(folder: Path, price: float) -> Path:
+    """An index of forty products, of which one was given a price since."""
+    build(folder, count=40)
+    with ProductIndex.load(folder, device="cpu") as here:
+        new = pa.table({"product_id": [sku(5)], "price": [price]})
+        here.upsert([sku(5)], unit_vectors(1, seed=9), new)
+    return folder
+
+
+def break_off_before_the_end(
+    folder: Path, uri: str, monkeypatch: pytest.MonkeyPatch, spoil: list[dict] | None = None
+) -> None:
+    """Leave all rows in the collection that is being filled, `spoil` written over some of them."""
+
+    def stop(server: Server, staging: str, *_: object) -> None:
+        milvus_push.upsert_rows(server, staging, spoil or [])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(milvus_push, "_verify", stop)
+        with pytest.raises(KeyboardInterrupt):
+            push_index(folder, uri)
+
+
+def test_a_push_does_not_go_on_with_rows_of_another_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same base and as many changes since, but others."""
+    uri = str(tmp_path / "a.db")
+    break_off_before_the_end(priced(tmp_path / "one", 2.0), uri, monkeypatch)
+    other = priced(tmp_path / "two", 99.0)
+    assert push_index(other, uri).resumed == 0
+    with MilvusIndex.open(uri) as there:
+        assert there.attributes(sku(5))["price"] == 99.0
+
+
+@pytest.mark.parametrize("spoilt", ["vector", "price", "tags"])
+def test_wrong_rows_are_sent_again_and_else_noticed(
+    spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, uri = build(tmp_path / "index", count=40), str(tmp_path / "a.db")
+    here = ProductIndex.load(folder, device="cpu")
+    columns = milvus_push.columns_of(here.products.schema)
+    vector = here.vectors([sku(7)])
+    (row,) = milvus_push.to_rows(here.products.slice(7, 1), vector, columns)
+    row[spoilt] = {"vector": -vector[0], "price": 12.5, "tags": {"value": ["other"]}}[spoilt]
+    break_off_before_the_end(folder, uri, monkeypatch, [row])
+    with monkeypatch.context() as patch:
+        patch.setattr(milvus_push, "_send", lambda *_: 40)
+        with pytest.raises(UserError, match=r"other vectors or attributes .*: 'sku '0007"):
+            push_index(folder, uri)
+    assert push_index(folder, uri).resumed == 39
+    with MilvusIndex.open(uri) as there:
+        same_matches(here, there)
+        assert there.attributes(sku(7)) == here.attributes(sku(7))
+
+
 def test_rows_that_got_lost_are_noticed_before_they_are_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +436,14 @@ def test_what_cannot_be_pushed(tmp_path: Path) -> None:
         push_index(folder, uri, kind="DISKANN")
     with pytest.raises(UserError, match="letters, digits and _"):
         push_index(folder, uri, collection="my products")
+
+
+def test_lists_of_dates_do_not_come_back(tmp_path: Path) -> None:
+    days = pa.array([[datetime.date(2026, 1, 1)], None], pa.list_(pa.date32()))
+    table = pa.table({"product_id": ["a", "b"], "days": days})
+    ProductIndex.build(["a", "b"], unit_vectors(2), attributes=table).save(tmp_path / "index")
+    with pytest.raises(UserError, match=r"'days' \(list<.*does not come back from Milvus"):
+        push_index(tmp_path / "index", str(tmp_path / "a.db"))
 
 
 def test_where_nothing_answers_it_is_one_line(
