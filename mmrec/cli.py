@@ -86,7 +86,7 @@ def index_build(
     ids: str | None = None,
     memory_gb: float | None = None,
     recall_target: float | None = None,
-    queries: Path | None = None,
+    queries: str | Path | None = None,
     memory_budget: str | None = None,
     k: int = 10,
     best_effort: bool = False,
@@ -108,7 +108,8 @@ def index_build(
         ids: The column of the metadata that holds the ids, where mmrec did not write the embeddings.
         memory_gb: Embeddings that do not fit are read a part at a time; left out, half of what is free.
         recall_target: Choose the factory by measurement: the share of the true k nearest that searches find.
-        queries: What to measure with: embeddings of contents (mmrec embed --split val), or: catalogue.
+        queries: What to measure with: embeddings of contents (mmrec embed --split val), or: catalogue (a
+            folder of that name is ./catalogue).
         memory_budget: The most that the index may take, attributes aside: 500MB, 4GB, 4GiB.
         k: Matches that the recall target is about.
         best_effort: Take what finds most where nothing reaches the target.
@@ -143,27 +144,41 @@ def index_build(
         ids=ids,
         memory_gb=memory_gb,
         goal=goal,
-        queries=queries,
+        queries=_tuning_queries(queries),
         overwrite=overwrite,
     )
     what = "products" if index.key == "product_id" else "contents"
     print(f"indexed {len(index):,} {what}, {width or index.width} wide, as {index.factory}: {out}")
 
 
+def _tuning_queries(queries: str | Path | None) -> Path | None:
+    """`catalogue` as it is; ./catalogue, which a path would not tell from it, as a whole path."""
+    if queries is None or str(queries) == "catalogue":
+        return queries and Path(queries)
+    return Path(queries) if str(Path(queries)) != "catalogue" else Path(queries).absolute()
+
+
 @index_app.command(name="upsert")
-def index_upsert(*, index: Path, embeddings: Path, ids: str | None = None) -> None:
+def index_upsert(
+    *,
+    index: Path,
+    embeddings: Path,
+    ids: str | None = None,
+    accept_encoder: bool = False,
+) -> None:
     """Add products to an index, or replace those that it has, while it serves.
 
     Args:
         index: The folder written by `mmrec index build`.
         embeddings: The folder written by `mmrec embed`, with the encoder that made the index.
         ids: The column of the metadata that holds the ids, where mmrec did not write the embeddings.
+        accept_encoder: Take embeddings though it is not known whether one encoder made them and the index.
     """
     from mmrec.retrieval.index import ProductIndex
     from mmrec.retrieval.matcher import upsert_embeddings
 
     with ProductIndex.load(index, device="cpu") as opened:
-        count = upsert_embeddings(opened, embeddings, ids=ids)
+        count = upsert_embeddings(opened, embeddings, ids=ids, accept_encoder=accept_encoder)
         print(f"upserted {count:,}; {index} holds {len(opened):,}")
         for advice in opened.status().advice:
             print(advice)
@@ -342,6 +357,7 @@ def search(
     text: str | None = None,
     like: str | None = None,
     queries: Path | None = None,
+    query_ids: str | None = None,
     out: Path | None = None,
     k: int = 10,
     where: str | None = None,
@@ -363,6 +379,7 @@ def search(
         text: A title or a query in words, alone or beside the video or pictures.
         like: The id of something in the index, to find what is near it.
         queries: Many queries: a Parquet file with columns title, video or images, or a folder of embeddings.
+        query_ids: The column that names queries in a folder that mmrec did not write; else they are numbered.
         out: The Parquet file of matches to write, with --queries.
         k: How many products to find.
         where: A condition on attributes: "price < 30 and category = 'shoes' and available".
@@ -386,7 +403,9 @@ def search(
         raise UserError("give --queries, or one query, not both")
     if queries and out and is_embeddings(queries):
         opened = open_index(index, uri=uri, collection=collection, device=device)
-        counts = match_embeddings(opened, queries, out, k=k, where=where, rerank=rerank)
+        counts = match_embeddings(
+            opened, queries, out, k=k, where=where, rerank=rerank, ids=query_ids
+        )
         print(f"{counts.matches:,} matches of {counts.queries:,} queries: {out}")
         return
     matcher = Matcher.load(index, uri=uri, collection=collection, encoder=encoder, device=device)
@@ -541,6 +560,10 @@ def run_program(program: Callable[[], Result]) -> Result:
 
 def main() -> None:
     """The entry point of the `mmrec` command."""
+    import warnings
+
+    # One line each, as errors are.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     run_program(lambda: app.cli(prog="mmrec", description="Match content to products."))
 
 

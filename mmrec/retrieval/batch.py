@@ -25,7 +25,8 @@ from mmrec.manifest import FILE_NAME
 from mmrec.model.encoder import Side
 from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import read_embeddings
-from mmrec.retrieval.matcher import Matcher, check_encoder
+from mmrec.retrieval.matcher import Matcher, check_encoder, encoder_of, warn_of_unknown_encoder
+from mmrec.retrieval.parts import VECTORS
 
 _EMBEDDED = 32
 _SEARCHED = 1_024
@@ -76,15 +77,20 @@ def match_embeddings(
     k: int,
     where: str | None = None,
     rerank: bool | None = None,
+    ids: str | None = None,
 ) -> BatchCounts:
     """Match every row of a folder of embeddings, of contents or of products.
 
-    Raises `UserError` when another encoder made them than made the index.
+    `ids` names the column that queries are called by in a folder that mmrec did not write; without it they
+    are numbered. Raises `UserError` when another encoder made them than made the index, and warns where that
+    cannot be known.
     """
-    loaded = read_embeddings(embeddings)
+    loaded = read_embeddings(embeddings, ids=ids, queries=True)
     theirs = loaded.manifest.parent("encoder")
     if theirs is not None:
         check_encoder(index, theirs.fingerprint)
+    if theirs is None or encoder_of(index) is None:
+        warn_of_unknown_encoder(f"{embeddings} and the index")
     starts = range(0, len(loaded.ids), _SEARCHED)
     parts = ((loaded.ids[s : s + _SEARCHED], loaded.vectors[s : s + _SEARCHED]) for s in starts)
     return _write_matches(index, parts, out, k=k, where=where, rerank=rerank)
@@ -182,5 +188,5 @@ def _write_matches(
 
 
 def is_embeddings(path: Path) -> bool:
-    """Whether queries are given as a folder that `mmrec embed` wrote."""
-    return (path / FILE_NAME).is_file()
+    """Whether queries are given as a folder that `mmrec embed`, or clip-retrieval, wrote."""
+    return (path / FILE_NAME).is_file() or (path / VECTORS).is_dir()

@@ -35,6 +35,7 @@ from mmrec.retrieval.parts import (
     checked_part,
     fingerprint_read,
     is_written,
+    joined_metadata,
     open_parts,
     read_metadata,
     read_stretches,
@@ -391,18 +392,21 @@ class _Work:
         return self.root / "whole" / f"{number:06d}.json"
 
 
-def read_embeddings(folder: Path | str, *, ids: str | None = None) -> Embeddings:
+def read_embeddings(
+    folder: Path | str, *, ids: str | None = None, queries: bool = False
+) -> Embeddings:
     """Read a folder of embeddings into memory, ours or one that clip-retrieval wrote.
 
-    `ids` names the column of ids in the metadata of the latter. Raises `UserError` when parts are
+    `ids` names the column of ids in the metadata of the latter, which `queries` do without: see
+    `open_parts`. Raises `UserError` when parts are
     missing, broken, not those that were written, or hold what cannot be indexed.
     """
-    parts = open_parts(folder, ids=ids)
+    parts = open_parts(folder, ids=ids, queries=queries)
     names: list[str] = []
     vectors, tables, hashes = [], [], []
     for part in parts.parts:
         hashes.append(check_files(part))
-        own, table = read_metadata(part, parts.id_column)
+        own, table = read_metadata(part, parts.id_column, len(names))
         (whole,) = read_stretches(part, part.rows)
         vectors.append(checked_part(part, own, whole))
         tables.append(table)
@@ -413,7 +417,7 @@ def read_embeddings(folder: Path | str, *, ids: str | None = None) -> Embeddings
         manifest=replace(parts.manifest, fingerprint=fingerprint_read(parts, hashes)),
         ids=names,
         vectors=np.concatenate(vectors),
-        metadata=pa.concat_tables(tables, promote_options="permissive"),
+        metadata=joined_metadata(parts.folder, tables),
         parts=parts,
     )
 

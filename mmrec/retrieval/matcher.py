@@ -7,6 +7,7 @@ matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
 
 import base64
 import html
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -118,9 +119,12 @@ class Matcher:
     ) -> None:
         """Join an encoder and an index; `catalog` supplies the pictures of what it holds.
 
-        Raises `UserError` when the encoder is not the one that made the index's embeddings.
+        Raises `UserError` when the encoder is not the one that made the index's embeddings, and warns
+        where a saved index does not say which one did.
         """
         check_encoder(index, encoder.fingerprint)
+        if index.manifest is not None and encoder_of(index) is None:
+            warn_of_unknown_encoder("the index's embeddings")
         self.encoder = encoder
         self.index = index
         self._catalog = catalog
@@ -310,12 +314,26 @@ def open_index(
     raise UserError("give an index folder, or the URI of Milvus, and not both")
 
 
+def encoder_of(index: CatalogueIndex) -> str | None:
+    """The fingerprint of the encoder that made what an index holds, where that is known."""
+    made_by = index.manifest.parent("encoder") if index.manifest else None
+    return made_by.fingerprint if made_by else None
+
+
+def warn_of_unknown_encoder(what: str) -> None:
+    """Say that matches may mean nothing: nobody knows whether vectors are of one space."""
+    warnings.warn(
+        f"{what}: it is not known which encoder made them; matches are worth something only if one made both",
+        stacklevel=3,
+    )
+
+
 def check_encoder(index: CatalogueIndex, fingerprint: str | None) -> None:
     """Refuse an encoder that did not make what an index holds."""
-    made_by = index.manifest.parent("encoder") if index.manifest else None
-    if made_by is not None and made_by.fingerprint != fingerprint:
+    known = encoder_of(index)
+    if known is not None and fingerprint != known:
         raise UserError(
-            f"the index was built with encoder {made_by.fingerprint} and this encoder is "
+            f"the index was built with encoder {known} and this encoder is "
             f"{fingerprint}: their spaces differ; mend it with `mmrec embed --encoder ENCODER "
             f"...` and `mmrec index build ...`, or load the encoder that belongs to the index"
         )
@@ -429,10 +447,17 @@ def _ancestors(parts: Parts, out: Path) -> list[Parent]:
     ]
 
 
-def upsert_embeddings(index: CatalogueIndex, embeddings: Path, *, ids: str | None = None) -> int:
+def upsert_embeddings(
+    index: CatalogueIndex,
+    embeddings: Path,
+    *,
+    ids: str | None = None,
+    accept_encoder: bool = False,
+) -> int:
     """Upsert a folder of embeddings with its attributes; returns how many there are.
 
-    `ids` as in `build_index`. Raises `UserError` when another encoder made them than made the index, or
+    `ids` as in `build_index`. Raises `UserError` when another encoder made them than made the index, when
+    the encoder of one of the two is not known, unless `accept_encoder` says that it is the same, and when
     they are of the other side.
     """
     loaded = read_embeddings(embeddings, ids=ids)
@@ -441,9 +466,15 @@ def upsert_embeddings(index: CatalogueIndex, embeddings: Path, *, ids: str | Non
         raise UserError(
             f"{embeddings}: holds {family}, and this index has the column '{index.key}'"
         )
-    theirs = loaded.manifest.parent("encoder")
+    record = loaded.manifest.parent("encoder")
+    theirs, ours = record.fingerprint if record else None, encoder_of(index)
     if theirs is not None:
-        check_encoder(index, theirs.fingerprint)
+        check_encoder(index, theirs)
+    if (theirs is None) != (ours is None) and not accept_encoder:
+        raise UserError(
+            f"{embeddings}: was made by encoder {theirs or 'unknown'}, and the index by {ours or 'unknown'}; if "
+            "they are the same, say so with --accept-encoder"
+        )
     index.upsert(
         loaded.ids, loaded.vectors, attributes_of(loaded.parts, loaded.metadata, loaded.ids)
     )

@@ -46,8 +46,9 @@ def push_index(
     """Move an index with its attributes and lineage into a collection, and replace what it held.
 
     `kind` is one of `KINDS`. Rows that an earlier run sent are read back and compared, and of the others a
-    sample, vectors and attributes, before the collection is published. Raises `UserError` when nothing answers at the URI, when the collection is another
-    encoder's or not mmrec's, when the index keeps no vectors, and for values that Milvus cannot hold.
+    sample, vectors and attributes, before the collection is published. Raises `UserError` when nothing
+    answers at the URI, when the collection is another encoder's or not mmrec's, when the index keeps no
+    vectors, and for values that Milvus cannot hold.
     """
     if kind not in KINDS:
         raise UserError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")

@@ -56,6 +56,7 @@ from mmrec.retrieval.parts import (
     check_files,
     checked_part,
     fingerprint_read,
+    joined_metadata,
     read_metadata,
     read_stretches,
 )
@@ -203,8 +204,7 @@ def _survey(
             first, last = np.searchsorted(drawn, [start, end])
             sample.append(indexed[drawn[first:last] - start])
             start = end
-    products = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    products = filterable(products)
+    products = filterable(joined_metadata(parts.folder, tables).combine_chunks())
     order = order_hashes(np.concatenate(hashes))
     _check_distinct(order, products.column(0))
     vectors, trained = np.concatenate(sample), trained[drawn]

@@ -57,8 +57,8 @@ class Parts:
     manifest: Manifest
     """Of embeddings that others wrote one with what is known of them, and no parents."""
     parts: list[Part]
-    id_column: str
-    """The column of the metadata that holds the ids."""
+    id_column: str | None
+    """The column of the metadata that holds the ids; None where rows go by their numbers."""
     foreign: bool = False
     """Whether another program wrote them."""
 
@@ -136,17 +136,23 @@ def _fingerprint(hashes: Sequence[tuple[str, str]]) -> str:
 # ------------------------------------------------------------------------------------------- opening
 
 
-def open_parts(folder: Path | str, *, ids: str | None = None) -> Parts:
+def open_parts(folder: Path | str, *, ids: str | None = None, queries: bool = False) -> Parts:
     """Look at a folder of embeddings: of each part the header and the schema are read.
 
-    `ids` names the column of ids in the metadata; a folder that mmrec wrote needs none. Raises `UserError`
-    naming the file for a part that is missing, cut off, of another width or not float16 or float32.
+    `ids` names the column of ids in the metadata; a folder that mmrec wrote has its own. `queries` says that
+    the vectors count: others' rows go by their numbers where no column is named, and their side is not known.
+    Raises `UserError` naming the file for a part that is missing, cut off, of another width or not float16 or
+    float32.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (expected embeddings)")
     if not (folder / FILE_NAME).is_file() and (folder / VECTORS).is_dir():
-        return _open_foreign(folder, ids)
+        return _open_foreign(folder, ids, queries)
+    if ids not in (None, "id"):
+        raise UserError(
+            f"{folder}: was written by mmrec, with ids of its own; leave out --ids {ids}"
+        )
     manifest = read_manifest(folder, "embeddings")
     try:
         entries = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -167,10 +173,10 @@ def open_parts(folder: Path | str, *, ids: str | None = None) -> Parts:
         _look_at(folder, *part_names(number), hashes=pair) for number, pair in enumerate(hashes)
     ]
     _check_alike(parts, rows)
-    return Parts(folder=folder, manifest=manifest, parts=parts, id_column=ids or "id")
+    return Parts(folder=folder, manifest=manifest, parts=parts, id_column="id")
 
 
-def _open_foreign(folder: Path, ids: str | None) -> Parts:
+def _open_foreign(folder: Path, ids: str | None, queries: bool) -> Parts:
     """Parts that clip-retrieval or another program wrote, paired by the numbers in their names."""
     vectors = _numbered(folder / VECTORS, "npy")
     metadata = _numbered(folder / METADATA, "parquet")
@@ -194,13 +200,17 @@ def _open_foreign(folder: Path, ids: str | None) -> Parts:
         config={"ids": ids},
         counts={"out": rows},
         fingerprint="",  # Known once all has been read: see `fingerprint_read`.
-        details={"width": parts[0].width, "family": "products", "parts": len(parts)},
+        details={
+            "width": parts[0].width,
+            "family": None if queries else "products",
+            "parts": len(parts),
+        },
     )
     return Parts(
         folder=folder,
         manifest=manifest,
         parts=parts,
-        id_column=_id_column(parts[0].metadata, ids),
+        id_column=None if queries and ids is None else _id_column(parts[0].metadata, ids),
         foreign=True,
     )
 
@@ -302,14 +312,19 @@ def read_stretches(part: Part, rows_at_once: int) -> Iterator[Float[np.ndarray, 
             yield stretch
 
 
-def read_metadata(part: Part, id_column: str) -> tuple[list[str], pa.Table]:
-    """The ids of a part as text, and all of its metadata. Raises `UserError` for a row without an id."""
+def read_metadata(part: Part, id_column: str | None, first: int = 0) -> tuple[list[str], pa.Table]:
+    """The ids of a part as text, or the numbers of its rows from `first` on, and all of its metadata.
+
+    Raises `UserError` for a row without an id.
+    """
     try:
         table = pq.read_table(part.metadata)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{part.metadata}: not a Parquet file that can be read ({_line(error)})"
         ) from None
+    if id_column is None:
+        return [str(first + row) for row in range(part.rows)], table
     if id_column not in table.column_names:
         raise UserError(f"{part.metadata}: has no column '{id_column}'")
     column = table[id_column]
@@ -321,6 +336,17 @@ def read_metadata(part: Part, id_column: str) -> tuple[list[str], pa.Table]:
     except pa.ArrowException as error:
         raise UserError(
             f"{part.metadata}: column '{id_column}' does not hold ids ({_line(error)})"
+        ) from None
+
+
+def joined_metadata(folder: Path, tables: Sequence[pa.Table]) -> pa.Table:
+    """The metadata of all parts. Raises `UserError` for a column of types that do not go together."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{folder / METADATA}: a column has other types in some parts than in others "
+            f"({_line(error)}); write it with one"
         ) from None
 
 

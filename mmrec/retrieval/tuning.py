@@ -245,8 +245,8 @@ def query_vectors(
             f"queries are the catalogue's own vectors: recall of {other} will be lower than this"
         )
         return catalogue.vectors
-    loaded = read_embeddings(queries)
-    if loaded.manifest.details["family"] != other:
+    loaded = read_embeddings(queries, queries=True)
+    if loaded.manifest.details["family"] not in (other, None):  # Others' folders do not say.
         raise UserError(
             f"{queries}: holds {family}, as the index does; tune with {other}, whose vectors lie "
             f"elsewhere, or say `--queries {OWN}` if you mean it"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mmrec.errors import UserError
 from mmrec.manifest import read_manifest
 from mmrec.retrieval import embed
 from mmrec.retrieval.embed import embed_rows, embed_shards, open_split, read_embeddings
+from mmrec.retrieval.matcher import upsert_embeddings
 from mmrec.retrieval.parts import open_parts
 
 AUTOFAISS = ROOT / ".peers/autofaiss/bin/python"
@@ -247,6 +249,61 @@ def test_ours_opens_theirs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "has no manifest" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not say which encoder"):
         Matcher.load(tmp_path / "index")
+
+
+def test_what_theirs_does_not_say(whole: Path, tmp_path: Path) -> None:
+    """An encoder that is not known is accepted on request, and ids are ours alone where mmrec wrote them."""
+    vectors = unit_vectors(6, width=16).astype(np.float16)
+    theirs = write_foreign(tmp_path / "theirs", names(6), vectors, [6])
+    out = tmp_path / "index"
+    cli.index_build(embeddings=whole, out=out)
+    with pytest.raises(UserError, match="was written by mmrec, with ids of its own"):
+        cli.index_build(embeddings=whole, out=tmp_path / "other", ids="title")
+    cli.index_build(embeddings=theirs, out=out, ids="sku", overwrite=True)
+    own = read_manifest(whole).parent("encoder")
+    with ProductIndex.load(out, device="cpu") as index:
+        index.manifest = replace(index.manifest, parents=[own])  # pyright: ignore
+        with pytest.raises(UserError, match=r"by encoder unknown, and the index by .*--accept-enc"):
+            upsert_embeddings(index, theirs, ids="sku")
+        assert upsert_embeddings(index, theirs, ids="sku", accept_encoder=True) == 6
+
+
+def test_their_vectors_serve_as_queries(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = unit_vectors(300, width=16).astype(np.float16)
+    theirs = write_foreign(tmp_path / "theirs", names(300), vectors, [200, 100])
+    out, matches = tmp_path / "index", tmp_path / "matches.parquet"
+    # A folder of the name that stands for the catalogue itself.
+    shutil.copytree(theirs, tmp_path / "catalogue")
+    monkeypatch.chdir(tmp_path)
+    for queries in (str(theirs), "./catalogue"):
+        cli.index_build(
+            embeddings=theirs,
+            out=out,
+            ids="sku",
+            recall_target=0.9,
+            queries=queries,
+            overwrite=True,
+        )
+    with pytest.warns(UserWarning, match="not known which encoder made them"):
+        cli.search(index=out, queries=theirs, out=matches, k=1)
+    assert pq.read_table(matches)["query"].to_pylist() == [str(row) for row in range(300)]
+    with pytest.warns(UserWarning, match="not known which encoder made them"):
+        cli.search(index=out, queries=theirs, query_ids="sku", out=matches, k=1)
+    assert pq.read_table(matches)["query"].to_pylist() == names(300)
+    with pytest.warns(UserWarning, match="not known which encoder made them"):
+        Matcher.load(out, encoder=encoder)
+
+
+def test_columns_of_other_types_in_other_parts_are_one_line(tmp_path: Path) -> None:
+    folder = write_foreign(tmp_path / "theirs", names(4), unit_vectors(4), [2, 2])
+    path = folder / "metadata/metadata_1.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(2, "price", [["cheap", "dear"]]), path)
+    for memory_gb in (None, 1e-9):
+        with pytest.raises(UserError, match=r"metadata: a column has other types in some parts"):
+            cli.index_build(embeddings=folder, out=tmp_path / "i", ids="sku", memory_gb=memory_gb)
 
 
 def test_ids_that_are_numbers_become_text(tmp_path: Path) -> None:

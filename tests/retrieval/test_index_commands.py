@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -166,8 +167,8 @@ def test_embeddings_of_another_encoder_are_refused(
         replace(p, fingerprint="f" * 16) if p.kind == "encoder" else p for p in manifest.parents
     ]
 
-    def read_as_of_another(folder: Path, *, ids: str | None = None):
-        loaded = read_embeddings(folder, ids=ids)
+    def read_as_of_another(folder: Path, **how: Any):
+        loaded = read_embeddings(folder, **how)
         return replace(loaded, manifest=replace(loaded.manifest, parents=parents))
 
     monkeypatch.setattr(matcher, "read_embeddings", read_as_of_another)
