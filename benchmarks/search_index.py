@@ -6,9 +6,10 @@
 The full form takes about half an hour on two cores, most of it for building graphs.
 
 Products and queries are drawn from two mixtures, as products and videos are embedded into two parts of
-one space. Our index is loaded from its folder, with string ids, 1% of its products deleted and 1% upserted
-since it was built; FAISS holds the same vectors in memory and returns rows. The two take turns, and ratios
-are medians of the rounds. FAISS's threads are as many as the cores. The last line is one JSON object.
+one space. Our index is loaded from its folder, with string ids, and beside bare FAISS with 1% of its products
+deleted and 1% upserted since it was built; FAISS holds the same vectors in memory and returns rows. The two
+take turns, and ratios are medians of the rounds. FAISS's threads are as many as the cores. The last line is
+one JSON object.
 
 autofaiss (2.18.0) chooses an index and its parameters for a memory budget, with its own defaults, from the
 same vectors. It runs in a process of its own, its pins (numpy below 2, pyarrow below 20, and FAISS 1.8, since

@@ -88,9 +88,9 @@ def index_build(
     recall_target: float | None = None,
     queries: str | Path | None = None,
     memory_budget: str | None = None,
-    k: int = 10,
+    k: int | None = None,
     best_effort: bool = False,
-    tuning_sample: int = 100_000,
+    tuning_sample: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
@@ -111,9 +111,10 @@ def index_build(
         queries: What to measure with: embeddings of contents (mmrec embed --split val), or: catalogue (a
             folder of that name is ./catalogue).
         memory_budget: The most that the index may take, attributes aside: 500MB, 4GB, 4GiB.
-        k: Matches that the recall target is about.
+        k: Matches that the recall target is about; 10 if left out.
         best_effort: Take what finds most where nothing reaches the target.
-        tuning_sample: A larger catalogue is measured on so many of its products; one is built on all.
+        tuning_sample: A larger catalogue is measured on so many of its products, 100,000 if left out; one
+            index is built on all.
         seed: Draws that sample, and 2,048 of the queries.
         overwrite: Replace the index if it is there; readers go on with the one that they opened.
     """
@@ -127,14 +128,16 @@ def index_build(
             raise UserError("--recall-target chooses the factory; leave out --factory")
         goal = TuningGoal(
             recall_target=recall_target,
-            k=k,
-            memory_budget=parse_bytes(memory_budget) if memory_budget else None,
-            sample=tuning_sample,
+            k=10 if k is None else k,
+            memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            sample=100_000 if tuning_sample is None else tuning_sample,
             best_effort=best_effort,
             seed=seed,
         )
-    elif queries or memory_budget or best_effort:
-        raise UserError("--queries, --memory-budget and --best-effort go with --recall-target")
+    elif best_effort or (queries, memory_budget, k, tuning_sample) != (None,) * 4:
+        raise UserError(
+            "--queries, --memory-budget, --k, --tuning-sample and --best-effort go with --recall-target"
+        )
     index = build_index(
         embeddings,
         out,
@@ -190,12 +193,14 @@ def index_delete(*, index: Path, ids: Path) -> None:
 
     Args:
         index: The folder written by `mmrec index build`.
-        ids: A text file with an id on each line.
+        ids: A text file with an id on each line; blanks around it do not count.
     """
     from mmrec.retrieval.index import ProductIndex
 
     try:
-        wanted = [line for line in ids.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # An id may hold what `splitlines` cuts at, such as U+2028.
+        lines = [line.strip(" \t") for line in ids.read_text(encoding="utf-8-sig").split("\n")]
+        wanted = [line for line in lines if line]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{ids}: not a text file of ids ({error})") from None
     with ProductIndex.load(index, device="cpu") as opened:

@@ -21,7 +21,7 @@ from jaxtyping import Float32
 
 from mmrec.data.storage import media_address, place
 from mmrec.errors import UserError
-from mmrec.manifest import FILE_NAME
+from mmrec.manifest import FILE_NAME, check_no_file
 from mmrec.model.encoder import Side
 from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import read_embeddings
@@ -60,8 +60,9 @@ def match_table(
     """Match every row of a Parquet table with columns title, video or images, any of them.
 
     Media are paths, relative to the table, or URLs. A row that cannot be read is left out and counted.
-    Raises `UserError` when the table is not one of queries.
+    Raises `UserError` when the table is not one of queries, and when `out` cannot be written.
     """
+    _check_out(out, queries)
     dropped: Counter[str] = Counter()
     parts = _embedded(matcher, queries, side, dropped)
     counts = _write_matches(matcher.index, parts, out, k=k, where=where, rerank=rerank)
@@ -85,6 +86,7 @@ def match_embeddings(
     are numbered. Raises `UserError` when another encoder made them than made the index, and warns where that
     cannot be known.
     """
+    _check_out(out, embeddings)
     loaded = read_embeddings(embeddings, ids=ids, queries=True)
     theirs = loaded.manifest.parent("encoder")
     if theirs is not None:
@@ -108,6 +110,8 @@ def _embedded(
         ids, pictures, titles = [], [], []
         for number, row in enumerate(batch.to_pylist(), first):
             try:
+                if id_column and row[id_column] is None:
+                    raise UserError(f"no {id_column}")
                 own = _pictures(matcher, path, row)
             except UserError as error:
                 # Without the path, so that equal faults add up.
@@ -117,7 +121,7 @@ def _embedded(
             if not own and not (title and title.strip()):
                 dropped["no video, images or title"] += 1
                 continue
-            ids.append(row[id_column] if id_column else str(number))
+            ids.append(str(row[id_column]) if id_column else str(number))
             pictures.append(own)
             titles.append(title)
         first += len(batch)
@@ -133,17 +137,44 @@ def _open_table(path: Path) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         first_line = str(error).split("\n")[0]
         raise UserError(f"{path}: not a Parquet file that can be read ({first_line})") from None
-    names = file.schema_arrow.names
-    if not set(names) & set(_QUERY_COLUMNS):
+    schema = file.schema_arrow
+    if not set(schema.names) & set(_QUERY_COLUMNS):
         raise UserError(
-            f"{path}: expected a column title, video or images; found {', '.join(names) or 'none'}"
+            f"{path}: expected a column title, video or images; found {', '.join(schema.names) or 'none'}"
         )
+    for name in set(schema.names) & set(_QUERY_COLUMNS):
+        _check_type(path, name, schema.field(name).type)
     return file
+
+
+def _check_type(path: Path, name: str, found: pa.DataType) -> None:
+    """Refuse a column of queries that holds neither text nor, for images, lists of text."""
+    own, expected = found, "text"
+    if name == "images":
+        lists = pa.types.is_list(found) or pa.types.is_large_list(found)
+        own, expected = found.value_type if lists else found, "lists of text"
+        if not lists and not pa.types.is_null(found):
+            own = pa.binary()
+    if pa.types.is_dictionary(own):
+        own = own.value_type
+    if not (pa.types.is_string(own) or pa.types.is_large_string(own) or pa.types.is_null(own)):
+        raise UserError(f"{path}: column '{name}' holds {found}; expected {expected}")
+
+
+def _check_out(out: Path, queries: Path) -> None:
+    """Refuse an output that is a folder, or the queries themselves."""
+    check_no_file(out.parent)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; give --out the name of a file")
+    if out.exists() and out.samefile(queries):
+        raise UserError(f"{out}: holds the queries; give another --out")
 
 
 def _pictures(matcher: Matcher, path: Path, row: dict[str, Any]) -> list[np.ndarray]:
     folder = place(path.parent)
     video = row.get("video")
+    if None in (row.get("images") or []):
+        raise UserError("an image is null")
     images = [media_address(folder, image) for image in row.get("images") or []]
     return matcher.read(media_address(folder, video) if video else None, images)
 

@@ -176,7 +176,7 @@ def embed_shards(
         raise UserError("expected --batch-size of at least 1 and --num-workers of at least 0")
     with distributed.launched_group():
         encoder = Encoder.load(encoder_folder, device=pick_device(device))
-        width = width or encoder.width
+        width = encoder.width if width is None else width
         if width not in encoder.widths:
             known = ", ".join(map(str, encoder.widths))
             raise UserError(

@@ -57,6 +57,7 @@ from mmrec.retrieval.generations import (
 )
 from mmrec.retrieval.gpu import Device
 from mmrec.retrieval.intake import (
+    check_ids,
     checked_indexed,
     checked_queries,
     checked_vectors,
@@ -158,7 +159,7 @@ class ProductIndex:
         """
         vectors = checked_vectors(ids, vectors)
         width = vectors.shape[1]
-        indexed = checked_indexed(ids, vectors, indexed_width or width)
+        indexed = checked_indexed(ids, vectors, width if indexed_width is None else indexed_width)
         products = joined_attributes(ids, attributes, key)
         index, factory, search = make(indexed)
         record = Generation(
@@ -439,6 +440,7 @@ class ProductIndex:
 
         Returns how many were here. Raises `UserError` while another writer holds the index.
         """
+        check_ids(ids)
         with self._changing:
             self._become_writer()
             rows = self._view.rows_of(ids)

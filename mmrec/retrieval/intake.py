@@ -5,6 +5,7 @@ Shape letters: Q queries, N products, D width, I indexed width.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +19,24 @@ from mmrec.retrieval.filters import filterable, refuse_alike
 _LENGTH_TOLERANCE = 0.01
 
 
+def check_ids(ids: Sequence[Any]) -> None:
+    """Refuse ids that are not text."""
+    if isinstance(ids, str):
+        raise UserError(f"expected a list of ids, found the text '{ids[:40]}'")
+    wrong = next((id_ for id_ in ids if not isinstance(id_, str)), "")
+    if wrong != "":
+        raise UserError(
+            f"ids are text, and {wrong!r} is {type(wrong).__name__}; make it text first"
+        )
+
+
 def checked_vectors(
     ids: Sequence[str], vectors: np.ndarray, width: int | None = None
 ) -> Float32[np.ndarray, "N D"]:
     """Vectors that can be indexed. Raises `UserError`, naming ids, for those that cannot."""
     if not len(ids):
         raise UserError("there are no products to index")
+    check_ids(ids)
     right_width = vectors.ndim == 2 and vectors.shape[1] == (width or vectors.shape[1]) > 0
     if not right_width or len(vectors) != len(ids):
         wanted = "D" if width is None else width

@@ -7,6 +7,7 @@ matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
 
 import base64
 import html
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -203,6 +204,8 @@ class Matcher:
 
         Raises `UserError` for an id that is not here, and for an index that keeps no vectors.
         """
+        if k < 1:
+            raise UserError(f"k is {k}; expected at least 1")
         query = self.index.vectors([id_])
         query /= np.linalg.norm(query, axis=1, keepdims=True)
         result = self.index.search(query, k + 1, where=where, rerank=rerank)
@@ -363,6 +366,10 @@ def build_index(
     factory that FAISS does not know, for vectors that cannot be indexed, and for a goal out of reach.
     """
     check_output(out, kind="index", overwrite=overwrite, inputs=[embeddings])
+    if width is not None and width < 1:
+        raise UserError(f"--width {width}: expected at least 1")
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise UserError(f"--memory-gb {memory_gb:g}: expected a number above 0")
     if goal is not None:
         check_goal(goal)
     parts = open_parts(embeddings, ids=ids)
@@ -472,8 +479,8 @@ def upsert_embeddings(
         check_encoder(index, theirs)
     if (theirs is None) != (ours is None) and not accept_encoder:
         raise UserError(
-            f"{embeddings}: was made by encoder {theirs or 'unknown'}, and the index by {ours or 'unknown'}; if "
-            "they are the same, say so with --accept-encoder"
+            f"{embeddings}: was made by encoder {theirs or 'unknown'}, and the index by "
+            f"{ours or 'unknown'}; if they are the same, say so with --accept-encoder"
         )
     index.upsert(
         loaded.ids, loaded.vectors, attributes_of(loaded.parts, loaded.metadata, loaded.ids)

@@ -17,6 +17,7 @@ from mmrec.errors import UserError
 from mmrec.manifest import Parent, read_manifest
 from mmrec.retrieval import base, generations
 from mmrec.retrieval.index import ProductIndex, measure_recall
+from mmrec.retrieval.intake import check_ids
 
 WIDTH = 32
 FACTORIES = ["Flat", "HNSW32", "IVF64,Flat", "IVF64,PQ16"]
@@ -259,6 +260,15 @@ def test_half_precision_is_of_unit_length_still():
 def test_vectors_of_another_shape_are_refused(shape):
     with pytest.raises(UserError, match=r"expected \(10, D\)"):
         ProductIndex.build(names(10), np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([1, 2], "1 is int"), (["a", None], "None is NoneType"), ("ab", "found the text 'ab'")],
+)
+def test_ids_that_are_not_text_are_refused(ids, message):
+    with pytest.raises(UserError, match=message):
+        check_ids(ids)
 
 
 def test_duplicate_ids_are_named():

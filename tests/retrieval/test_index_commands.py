@@ -39,7 +39,8 @@ def test_upsert_delete_compact_status_and_verify(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = ProductIndex.load(own).ids
-    (tmp_path / "ids.txt").write_text("\n".join([*before[:3], "no such product", ""]))
+    lines = [f" {before[0]}\t", *before[1:3], "no such\u2028product", ""]
+    (tmp_path / "ids.txt").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
     cli.index_delete(index=own, ids=tmp_path / "ids.txt")
     printed = capsys.readouterr().out
     assert "deleted 3" in printed
@@ -62,6 +63,25 @@ def test_upsert_delete_compact_status_and_verify(
     assert set(ProductIndex.load(own).ids) == set(before)
     cli.inspect(own)
     assert "embeddings  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"width": 0}, "--width 0: expected at least 1"),
+        ({"memory_gb": 0.0}, "--memory-gb 0: expected a number above 0"),
+        ({"memory_gb": float("nan")}, "--memory-gb nan: expected"),
+        ({"memory_budget": "", "recall_target": 0.9}, "'' is not a number of bytes"),
+        ({"memory_budget": ""}, "go with --recall-target"),
+        ({"k": 5}, "go with --recall-target"),
+        ({"tuning_sample": 5}, "go with --recall-target"),
+    ],
+)
+def test_flags_that_say_nothing_are_refused(
+    flags: dict[str, Any], message: str, index: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        cli.index_build(embeddings=index.parent / "embeddings", out=tmp_path / "i", **flags)
 
 
 def test_where_holds_matches_to_a_condition(
@@ -90,6 +110,8 @@ def test_products_like_a_product(index: Path, capsys: pytest.CaptureFixture[str]
     assert matches[0].product_id in capsys.readouterr().out
     with pytest.raises(UserError, match="not in this index"):
         matcher.match_like("nothing")
+    with pytest.raises(UserError, match="k is -1; expected"):
+        matcher.match_like(ids[4], k=-1)
 
 
 def test_an_index_of_contents_is_asked_with_products(
@@ -146,6 +168,45 @@ def test_a_table_of_queries(
         cli.search(index=index, queries=queries, out=tmp_path / "matches.parquet")
     with pytest.raises(UserError, match="--queries and --out go together"):
         cli.search(index=index, queries=queries)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"title": [1, 2]}, "column 'title' holds int64; expected text"),
+        ({"title": ["a", "b"], "video": [1, 2]}, "column 'video' holds int64; expected text"),
+        ({"video": [b"a", b"b"]}, "column 'video' holds binary; expected text"),
+        ({"images": ["a.jpg", "b.jpg"]}, "column 'images' holds string; expected lists of text"),
+        ({"images": [[1], [2]]}, "column 'images' holds list.*; expected lists of text"),
+    ],
+)
+def test_columns_of_queries_that_are_not_text(
+    columns: dict[str, list], message: str, index: Path, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "q.parquet")
+    with pytest.raises(UserError, match=message):
+        cli.search(index=index, queries=tmp_path / "q.parquet", out=tmp_path / "m.parquet")
+
+
+def test_ids_and_images_of_queries_and_where_matches_go(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries, out = tmp_path / "q.parquet", tmp_path / "m.parquet"
+    rows = [
+        {"id": 7, "title": "a mug", "images": None},
+        {"id": 8, "title": "a mug", "images": ["a.jpg", None]},
+        {"id": None, "title": "a mug", "images": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), queries)
+    cli.search(index=index, queries=queries, out=out, k=2)
+    printed = capsys.readouterr().out
+    assert "dropped: an image is null: 1" in printed
+    assert "dropped: no id: 1" in printed
+    assert pq.read_table(out)["query"].to_pylist() == ["7", "7"]
+    with pytest.raises(UserError, match="is a folder; give --out the name of a file"):
+        cli.search(index=index, queries=queries, out=tmp_path)
+    with pytest.raises(UserError, match="holds the queries"):
+        cli.search(index=index, queries=queries, out=tmp_path / "../" / tmp_path.name / "q.parquet")
 
 
 def test_embeddings_as_queries(index: Path, contents: Path, tmp_path: Path) -> None:
