@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Float32, Int64
 
 from mmrec.errors import UserError
 from mmrec.retrieval.generations import CHANGES, full_disk_refused, replace_file
@@ -28,6 +28,8 @@ from mmrec.retrieval.generations import CHANGES, full_disk_refused, replace_file
 _MAGIC = b"MMREC-C1"
 _HEADER = len(_MAGIC) + 8 + 32
 _ACKNOWLEDGED = "acknowledged"
+# Later than any moment.
+_ALIVE = np.int64(2**62)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,36 +142,38 @@ def _path(generation: Path, sequence: int) -> Path:
 class Delta:
     """The products that were upserted since the base was built, as of one moment.
 
-    Never changed: `with_upsert` and `without` give the next one. They share buffers, of which each sees
-    the rows that it knows, so that a search goes on while changes come in.
+    Never changed: `with_upsert` and `without` give the next one, at the cost of what is new. All share
+    buffers, of which each sees the rows that it knows and the deaths before it, so that a search goes on while
+    changes come in. Only the newest may be followed by another.
     """
 
     def __init__(
         self,
-        ids: np.ndarray,
-        vectors: Float32[np.ndarray, "M D"],
-        scored: Float32[np.ndarray, "M I"],
+        buffers: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        places: "_Places",
         tables: tuple[pa.Table, ...],
-        count: int,
+        *,
+        count: int = 0,
+        alive: int = 0,
+        moment: int = 0,
     ) -> None:
-        """Rows past `count` are room to grow into; `scored` is what searches compare with."""
-        self._buffers = ids, vectors, scored
+        """Buffers are ids, vectors, what searches compare with, and when each row died, with room to grow."""
+        self._buffers = buffers
+        self._places = places
         self._tables = tables
+        self._alive = alive
+        self._moment = moment
         self.count = count
-        self.rows: dict[str, int] = {}
-        """Where each id lies; ids that were deleted, and older rows of one upserted again, are not here."""
-        self.dead: Bool[np.ndarray, " M"] = np.zeros(count, bool)
 
     @classmethod
     def empty(cls, width: int, indexed_width: int) -> "Delta":
         """A delta with nothing in it."""
-        ids = np.empty(0, object)
         wide, narrow = (np.zeros((0, d), np.float32) for d in (width, indexed_width))
-        return cls(ids, wide, narrow, (), 0)
+        return cls((np.empty(0, object), wide, narrow, np.zeros(0, np.int64)), _Places(), ())
 
     def __len__(self) -> int:
         """The number of products that are in it and alive."""
-        return len(self.rows)
+        return self._alive
 
     @property
     def ids(self) -> np.ndarray:
@@ -188,45 +192,104 @@ class Delta:
 
     @cached_property
     def table(self) -> pa.Table:
-        """Id and attributes of each row; a column that a product has not is null."""
-        return join_tables(self._tables)
+        """Id and attributes of each row, in some pieces; a column that a product has not is null."""
+        if not self._tables:
+            return pa.table({})
+        return pa.concat_tables(self._tables, promote_options="permissive")
 
     def live_rows(self) -> Int64[np.ndarray, " M"]:
         """The rows that are alive, in order."""
-        return np.flatnonzero(~self.dead)
+        return np.flatnonzero(self._buffers[3][: self.count] > self._moment)
+
+    def rows_of(self, ids: Sequence[str]) -> Int64[np.ndarray, " M"]:
+        """The row of each product; -1 for those that are not here."""
+        rows = np.array([self._places.before(id_, self.count) for id_ in ids], np.int64)
+        here = np.flatnonzero(rows >= 0)
+        rows[here[self._buffers[3][rows[here]] <= self._moment]] = -1
+        return rows
 
     def without(self, ids: Sequence[str]) -> "Delta":
         """The delta without some products."""
-        new = Delta(*self._buffers, self._tables, self.count)
-        new.rows, new.dead = dict(self.rows), self.dead.copy()
-        for id_ in ids:
-            row = new.rows.pop(id_, None)
-            if row is not None:
-                new.dead[row] = True
-        return new
+        return self._after(ids, self._buffers, self._tables, self.count)
 
     def with_upsert(self, change: Change, scored: Float32[np.ndarray, "M I"]) -> "Delta":
         """The delta with products added or replaced."""
         assert change.vectors is not None
-        old = self._compacted().without(change.ids)
+        old = self._compacted()
         count = old.count + len(change.ids)
         ids = np.array(change.ids, object)
-        added = (ids, change.vectors, scored)
+        added = (ids, change.vectors, scored, np.full(len(ids), _ALIVE))
         grown = [_grown(*pair, old.count) for pair in zip(old._buffers, added, strict=True)]
-        new = Delta(grown[0], grown[1], grown[2], (*old._tables, change.products), count)
-        new.dead[: old.count] = old.dead
-        new.rows = old.rows | dict(zip(change.ids, range(old.count, count), strict=True))
+        buffers = (grown[0], grown[1], grown[2], grown[3])
+        new = old._after(change.ids, buffers, _appended(old._tables, change.products), count)
+        new._alive += len(ids)
+        old._places.add(change.ids)
         return new
+
+    def _after(
+        self, gone: Sequence[str], buffers: Any, tables: tuple[pa.Table, ...], count: int
+    ) -> "Delta":
+        """The next moment, without the rows that some products have at this one."""
+        rows = np.unique(self.rows_of(gone))
+        rows = rows[rows >= 0]
+        buffers[3][rows] = self._moment + 1
+        return Delta(
+            buffers,
+            self._places,
+            tables,
+            count=count,
+            alive=self._alive - len(rows),
+            moment=self._moment + 1,
+        )
 
     def _compacted(self) -> "Delta":
         """Without its dead rows, once they are most of it."""
         if self.count - len(self) <= max(1_000, len(self)):
             return self
         live = self.live_rows()
-        ids, vectors, scored = (buffer[live] for buffer in self._buffers)
-        new = Delta(ids, vectors, scored, (self.table.take(pa.array(live)),), len(live))
-        new.rows = dict(zip(ids.tolist(), range(len(live)), strict=True))
-        return new
+        ids, vectors, scored, died = (buffer[live] for buffer in self._buffers)
+        places = _Places()
+        places.add(ids.tolist())
+        table = self.table.take(pa.array(live))
+        return Delta(
+            (ids, vectors, scored, died),
+            places,
+            (table,),
+            count=len(live),
+            alive=len(live),
+            moment=self._moment,
+        )
+
+
+class _Places:
+    """Where ids lie, for all moments: the last row of each, and of each row the one before of its id."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self._earlier: list[int] = []
+
+    def add(self, ids: Sequence[str]) -> None:
+        """Note the next rows."""
+        for id_ in ids:
+            row = len(self._earlier)
+            # In this order, for whoever reads meanwhile.
+            self._earlier.append(self._last.get(id_, -1))
+            self._last[id_] = row
+
+    def before(self, id_: str, count: int) -> int:
+        """The last row of an id among the first `count`, or -1."""
+        row = self._last.get(id_, -1)
+        while row >= count:
+            row = self._earlier[row]
+        return row
+
+
+def _appended(tables: tuple[pa.Table, ...], table: pa.Table) -> tuple[pa.Table, ...]:
+    """Tables with one more; small ones are joined, so that there are few and each row is copied seldom."""
+    kept = list(tables)
+    while kept and len(kept[-1]) <= 2 * len(table):
+        table = join_tables([kept.pop(), table])
+    return (*kept, table)
 
 
 def _grown(buffer: np.ndarray, added: np.ndarray, count: int) -> np.ndarray:

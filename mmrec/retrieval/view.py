@@ -92,10 +92,9 @@ class View:
         rows = self.base.keys.rows_of(ids)
         if self.num_dead:
             rows[(rows >= 0) & self.dead[rows]] = -1
-        if self.delta.rows:
-            first = self.base.record.count
-            new = [self.delta.rows.get(id_, -1) for id_ in ids]
-            rows = np.where(np.array(new, np.int64) >= 0, np.array(new, np.int64) + first, rows)
+        if len(self.delta):
+            new = self.delta.rows_of(ids)
+            rows = np.where(new >= 0, new + self.base.record.count, rows)
         return rows
 
     def live_rows(self) -> Int64[np.ndarray, " N"]:

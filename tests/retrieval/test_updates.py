@@ -11,7 +11,8 @@ import pytest
 from vectors import names, unit_vectors
 
 from mmrec.errors import UserError
-from mmrec.retrieval import base, exact
+from mmrec.retrieval import base, changes, exact
+from mmrec.retrieval.changes import Change, Delta
 from mmrec.retrieval.index import ProductIndex
 
 WIDTH = 32
@@ -200,6 +201,59 @@ def test_base_and_delta_make_one_order(at_once, share, wide, monkeypatch):
     assert index.search(queries, COUNT).ids == expected(
         dict(zip(ids, vectors, strict=True)), queries, COUNT
     )
+
+
+def test_a_delta_is_as_it_was_whatever_came_after():
+    """Random changes: each moment is kept and compared with what it held, in a table of its own."""
+    rng = np.random.default_rng(0)
+    delta, truth, moments = Delta.empty(4, 4), {}, []
+    pool = names(900)
+    for step in range(120):
+        ids = rng.choice(pool, rng.integers(1, 60), replace=False).tolist()
+        if step % 3 == 2:
+            delta = delta.without(ids)
+            truth = {id_: value for id_, value in truth.items() if id_ not in ids}
+        else:
+            vectors = unit_vectors(len(ids), seed=step, width=4)
+            table = pa.table({"product_id": ids, "step": [step] * len(ids)})
+            delta = delta.with_upsert(
+                Change(kind="upsert", products=table, vectors=vectors), vectors
+            )
+            truth |= {id_: (step, vector) for id_, vector in zip(ids, vectors, strict=True)}
+        moments.append((delta, truth.copy()))
+    assert delta.count < 4_000  # Dead rows are dropped now and then.
+    for then, held in moments:
+        rows = then.live_rows()
+        assert len(then) == len(rows) == len(held)
+        assert set(then.ids[rows].tolist()) == set(held)
+        found = then.rows_of(pool)
+        assert [id_ for id_, row in zip(pool, found, strict=True) if row >= 0] == sorted(held)
+        steps, ids = (then.table[name].to_pylist() for name in ("step", "product_id"))
+        for id_, row in zip(pool, found.tolist(), strict=True):
+            if row >= 0:
+                assert (ids[row], steps[row]) == (id_, held[id_][0])
+                np.testing.assert_array_equal(then.vectors[row], held[id_][1])
+
+
+def test_the_cost_of_a_change_is_that_of_what_is_new(monkeypatch):
+    """Rows of attributes that are copied for two thousand products upserted one by one, then by fifties."""
+    copied = []
+    join_tables = changes.join_tables
+
+    def counted(tables):
+        joined = join_tables(tables)
+        copied.append(len(joined))
+        return joined
+
+    monkeypatch.setattr(changes, "join_tables", counted)
+    for size in (1, 50):
+        copied.clear()
+        index = ProductIndex.build(names(10), unit_vectors(10))
+        for start in range(0, 2_000, size):
+            ids = [f"new-{start + place}" for place in range(size)]
+            index.upsert(ids, unit_vectors(size), pa.table({"product_id": ids, "n": [1.0] * size}))
+        assert sum(copied) < 2_000 * 16
+        assert len(index._view.delta._tables) < 12
 
 
 def test_an_index_may_become_empty_and_fill_again(saved):
