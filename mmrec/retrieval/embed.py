@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,9 +23,16 @@ import mmrec
 from mmrec import distributed
 from mmrec.data.batches import item_loader
 from mmrec.data.shards import ShardReader, open_shards
-from mmrec.data.storage import Place, write_bytes_whole
+from mmrec.data.storage import Place, is_file, write_bytes_whole
 from mmrec.errors import UserError
-from mmrec.manifest import Manifest, check_output, parent_of, read_manifest, write_manifest
+from mmrec.manifest import (
+    FILE_NAME,
+    Manifest,
+    check_output,
+    parent_of,
+    read_manifest,
+    write_manifest,
+)
 from mmrec.model.encoder import VIEWS, Encoder, Side
 from mmrec.retrieval.base import narrowed
 from mmrec.retrieval.intake import name_ids
@@ -166,8 +174,9 @@ def embed_shards(
     Under `accelerate launch` or torchrun the shards are shared out among the processes. No batch holds
     rows of two shards, so that a part has the same bytes whichever process makes it. A run that was
     killed and is started again goes on: parts lie in `.<out>.unfinished` until all are there, and none
-    is made twice. `restart` throws these away. `width` keeps that many numbers of each embedding; it must
-    be one that the encoder was trained at.
+    is made twice. Torch's sums depend on the number of its threads: all processes take that of the first,
+    and a run that goes on takes that of the run before. `restart` throws these away. `width` keeps that many
+    numbers of each embedding; it must be one that the encoder was trained at.
 
     Raises `UserError` when it is not, the encoder or the split is missing, `out` is there already,
     unfinished work is of other settings, an id occurs twice, or an item has neither a picture nor a title.
@@ -196,7 +205,7 @@ def embed_shards(
             "mmrec": mmrec.__version__,
         }
         sizes = [size for size in reader.shard_sizes if size]
-        missing = _agreed(
+        missing, threads = _agreed(
             lambda: work.start(
                 settings,
                 len(sizes),
@@ -207,19 +216,20 @@ def embed_shards(
         )
         own = missing[distributed.rank() :: distributed.world_size()]
         started = time.monotonic()
-        made = embed_parts(
-            encoder,
-            reader,
-            own,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            progress=f"embed {split}",
-        )
-        for number, vectors in made:
-            rows = _rows_of_part(sizes, number)
-            part = narrowed(vectors, width)
-            _check_lengths(part, ids[rows.start : rows.stop])
-            work.write(number, part.astype(dtype), _metadata(reader, rows))
+        with _on_threads(threads):
+            made = embed_parts(
+                encoder,
+                reader,
+                own,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                progress=f"embed {split}",
+            )
+            for number, vectors in made:
+                rows = _rows_of_part(sizes, number)
+                part = narrowed(vectors, width)
+                _check_lengths(part, ids[rows.start : rows.stop])
+                work.write(number, part.astype(dtype), _metadata(reader, rows))
         _agreed(
             lambda: work.publish(
                 Manifest(
@@ -297,6 +307,17 @@ def embed_parts(
             yield number, vectors
 
 
+@contextmanager
+def _on_threads(count: int) -> Iterator[None]:
+    """Let torch compute on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _rows_of_part(sizes: Sequence[int], number: int) -> range:
     start = sum(sizes[:number])
     return range(start, start + sizes[number])
@@ -324,6 +345,7 @@ class _Work:
         self.out = out
         self.root = out.with_name(f".{out.name}.unfinished")
         self.folder = self.root / "embeddings"
+        self._plan = self.root / "plan.json"
 
     def start(
         self,
@@ -333,18 +355,22 @@ class _Work:
         overwrite: bool,
         restart: bool,
         inputs: Iterable[Path],
-    ) -> list[int]:
-        """Begin, or go on where the same settings left off; returns the parts that are still to be made.
+    ) -> tuple[list[int], int]:
+        """Begin, or go on where the same settings left off; returns the parts to be made, and threads for it.
 
-        Raises `UserError` for an output that cannot be written, and for unfinished work of other settings.
+        No parts are left, and none is published again, where a run was killed after it had published. Raises
+        `UserError` for an output that cannot be written, and for unfinished work of other settings.
         """
+        threads = torch.get_num_threads()
+        if not restart and self._is_published(settings):
+            return [], threads
         check_output(self.out, kind="embeddings", overwrite=overwrite, inputs=inputs)
-        plan = self.root / "plan.json"
         if restart:
             shutil.rmtree(self.root, ignore_errors=True)
-        if not plan.is_file():
-            write_bytes_whole(plan, json.dumps(settings, indent=2).encode())
-        earlier = json.loads(plan.read_text(encoding="utf-8"))
+        if not self._plan.is_file():
+            self._write_plan({"settings": settings, "threads": threads})
+        plan = self._read_plan()
+        earlier = plan.get("settings", {})
         differing = [
             f"{name} was {earlier.get(name)}, is {settings.get(name)}"
             for name in sorted({*earlier, *settings})
@@ -356,11 +382,26 @@ class _Work:
                 "with those, or --restart throws it away"
             )
         entries = map(self._entry, range(parts))
-        return [
+        missing = [
             number
             for number, entry in enumerate(entries)
             if entry is None or not is_written(self.folder, number, entry)
         ]
+        return missing, plan["threads"]
+
+    def _is_published(self, settings: Mapping[str, Any]) -> bool:
+        """Whether work of these settings is in its final place, and only the tidying is left."""
+        plan = self._read_plan()
+        if plan.get("settings") != settings or self.folder.exists():
+            return False
+        there = is_file(self.out / FILE_NAME) and read_manifest(self.out).fingerprint
+        return there is not False and there == plan.get("fingerprint")
+
+    def _read_plan(self) -> dict[str, Any]:
+        return json.loads(self._plan.read_text(encoding="utf-8")) if self._plan.is_file() else {}
+
+    def _write_plan(self, plan: Mapping[str, Any]) -> None:
+        write_bytes_whole(self._plan, json.dumps(plan, indent=2).encode())
 
     def write(self, number: int, vectors: Float[np.ndarray, "N D"], metadata: pa.Table) -> None:
         """Write a part, and then its entry, which says that it is whole."""
@@ -369,6 +410,15 @@ class _Work:
 
     def publish(self, manifest: Manifest, parts: int) -> None:
         """Give the parts their final place, and remove the rest."""
+        old = self.out.with_name(f".{self.out.name}.old")
+        if not self._is_published(self._read_plan().get("settings", {})):
+            self._put_in_place(manifest, parts, old)
+        shutil.rmtree(old, ignore_errors=True)
+        # The plan goes last: with it a run that is killed here is known to be done.
+        shutil.rmtree(self.root / "whole", ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _put_in_place(self, manifest: Manifest, parts: int, old: Path) -> None:
         entries = [entry for entry in map(self._entry, range(parts)) if entry is not None]
         assert len(entries) == parts
         # What a process that was killed was writing.
@@ -376,13 +426,11 @@ class _Work:
             leftover.unlink()
         fingerprint = write_record(self.folder, entries)
         write_manifest(self.folder, replace(manifest, fingerprint=fingerprint))
-        old = self.out.with_name(f".{self.out.name}.old")
+        self._write_plan(self._read_plan() | {"fingerprint": fingerprint})
         shutil.rmtree(old, ignore_errors=True)
         if self.out.exists():
             self.out.rename(old)
         self.folder.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.root, ignore_errors=True)
 
     def _entry(self, number: int) -> dict[str, Any] | None:
         path = self._entry_path(number)

@@ -131,6 +131,57 @@ def test_unfinished_work_of_other_settings_is_not_mixed_in(
     assert read_manifest(out).details["family"] == "products"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", ["old", "whole", "unfinished"])
+def test_a_run_killed_after_it_published_is_tidied_by_the_next(
+    place: str, overwrite: bool, encoder: Path, shards: Path, tmp_path: Path
+) -> None:
+    out, rmtree = tmp_path / "out", shutil.rmtree
+
+    def killed(path: Path, **how: bool) -> None:
+        if out.is_dir() and path.name.endswith(place):
+            raise KeyboardInterrupt
+        rmtree(path, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            embed_shards(encoder, shards, out, split="train")
+    before = bytes_of(out)
+    summary = embed_shards(encoder, shards, out, split="train", overwrite=overwrite)
+    assert (summary.rows, summary.new_rows) == (28, 0)
+    assert bytes_of(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="already exists"):
+        embed_shards(encoder, shards, out, split="train")
+
+
+def test_a_run_that_goes_on_takes_the_threads_that_it_began_with(
+    encoder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, made = [], embed.embed_parts
+    before = torch.get_num_threads()
+
+    def noted(*args: Any, **how: Any):
+        used.append(torch.get_num_threads())
+        return made(*args, **how)
+
+    monkeypatch.setattr(embed, "embed_parts", noted)
+    try:
+        torch.set_num_threads(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(embed, "write_record", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                embed_shards(encoder, shards, tmp_path / "out", split="train")
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        embed_shards(encoder, shards, tmp_path / "out", split="train")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert used == [2, 2]
+
+
 def test_a_part_that_was_damaged_before_the_end_is_made_again(
     encoder: Path, shards: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
