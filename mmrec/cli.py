@@ -156,15 +156,18 @@ def index_build(
 
 def _tuning_queries(queries: str | Path | None) -> Path | None:
     """`catalogue` as it is; ./catalogue, which a path would not tell from it, as a whole path."""
-    if queries is None or str(queries) == "catalogue":
-        return queries and Path(queries)
-    return Path(queries) if str(Path(queries)) != "catalogue" else Path(queries).absolute()
+    if queries is None:
+        return None
+    named = str(queries) != "catalogue" and str(Path(queries)) == "catalogue"
+    return Path(queries).absolute() if named else Path(queries)
 
 
 @index_app.command(name="upsert")
 def index_upsert(
     *,
-    index: Path,
+    index: Path | None = None,
+    uri: str | None = None,
+    collection: str = "products",
     embeddings: Path,
     ids: str | None = None,
     accept_encoder: bool = False,
@@ -173,29 +176,38 @@ def index_upsert(
 
     Args:
         index: The folder written by `mmrec index build`.
+        uri: Where Milvus is, as for `mmrec index push`; instead of --index.
+        collection: The collection there.
         embeddings: The folder written by `mmrec embed`, with the encoder that made the index.
         ids: The column of the metadata that holds the ids, where mmrec did not write the embeddings.
         accept_encoder: Take embeddings though it is not known whether one encoder made them and the index.
     """
-    from mmrec.retrieval.index import ProductIndex
-    from mmrec.retrieval.matcher import upsert_embeddings
+    from mmrec.retrieval.matcher import open_index, upsert_embeddings
 
-    with ProductIndex.load(index, device="cpu") as opened:
+    with open_index(index, uri=uri, collection=collection, device="cpu") as opened:
         count = upsert_embeddings(opened, embeddings, ids=ids, accept_encoder=accept_encoder)
-        print(f"upserted {count:,}; {index} holds {len(opened):,}")
+        print(f"upserted {count:,}; {index or uri} holds {len(opened):,}")
         for advice in opened.status().advice:
             print(advice)
 
 
 @index_app.command(name="delete")
-def index_delete(*, index: Path, ids: Path) -> None:
+def index_delete(
+    *,
+    index: Path | None = None,
+    uri: str | None = None,
+    collection: str = "products",
+    ids: Path,
+) -> None:
     """Take products out of an index while it serves.
 
     Args:
         index: The folder written by `mmrec index build`.
+        uri: Where Milvus is, as for `mmrec index push`; instead of --index.
+        collection: The collection there.
         ids: A text file with an id on each line; blanks around it do not count.
     """
-    from mmrec.retrieval.index import ProductIndex
+    from mmrec.retrieval.matcher import open_index
 
     try:
         # An id may hold what `splitlines` cuts at, such as U+2028.
@@ -203,9 +215,9 @@ def index_delete(*, index: Path, ids: Path) -> None:
         wanted = [line for line in lines if line]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{ids}: not a text file of ids ({error})") from None
-    with ProductIndex.load(index, device="cpu") as opened:
+    with open_index(index, uri=uri, collection=collection, device="cpu") as opened:
         count = opened.delete(wanted)
-        print(f"deleted {count:,}; {index} holds {len(opened):,}")
+        print(f"deleted {count:,}; {index or uri} holds {len(opened):,}")
         missing = len(set(wanted)) - count
         if missing:
             print(f"{missing:,} of the ids were not there")
@@ -227,19 +239,28 @@ def index_compact(*, index: Path) -> None:
 
 
 @index_app.command(name="status")
-def index_status(index: tyro.conf.Positional[Path], *, json: bool = False) -> None:
+def index_status(
+    index: tyro.conf.Positional[Path | None] = None,
+    *,
+    uri: str | None = None,
+    collection: str = "products",
+    json: bool = False,
+) -> None:
     """Show what an index holds, how far it has drifted since it was built, and what should be done.
 
     Args:
         index: The folder written by `mmrec index build`.
+        uri: Where Milvus is, as for `mmrec index push`; instead of the folder.
+        collection: The collection there.
         json: Print one JSON object.
     """
     from dataclasses import asdict
     from json import dumps
 
-    from mmrec.retrieval.index import ProductIndex
+    from mmrec.retrieval.matcher import open_index
 
-    status = ProductIndex.load(index, device="cpu").status()
+    with open_index(index, uri=uri, collection=collection, device="cpu") as opened:
+        status = opened.status()
     print(dumps(asdict(status)) if json else "\n".join(status.lines()))
 
 

@@ -133,7 +133,11 @@ def relative_path(child: Place, folder: Place) -> str:
 
 def find_parent(folder: Place, kind: str) -> Place | None:
     """Where the parent of that kind lies now, or None when it has none, or it was moved or remade."""
-    record = read_manifest(folder).parent(kind)
+    return find_recorded(folder, read_manifest(folder).parent(kind))
+
+
+def find_recorded(folder: Place, record: Parent | None) -> Place | None:
+    """The same, for a record that a folder keeps of it."""
     if record is None:
         return None
     path = joined(_absolute(folder), record.path)

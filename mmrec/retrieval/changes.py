@@ -143,8 +143,8 @@ class Delta:
     """The products that were upserted since the base was built, as of one moment.
 
     Never changed: `with_upsert` and `without` give the next one, at the cost of what is new. All share
-    buffers, of which each sees the rows that it knows and the deaths before it, so that a search goes on while
-    changes come in. Only the newest may be followed by another.
+    buffers, of which each sees the rows that it knows and the deaths before it, so that a search goes on
+    while changes come in. Only the newest may be followed by another.
     """
 
     def __init__(

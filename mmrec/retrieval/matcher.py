@@ -31,7 +31,14 @@ from mmrec.data.media import (
 from mmrec.data.shards import ShardReader, frame_name, image_name
 from mmrec.data.storage import Place, joined
 from mmrec.errors import MediaError, UserError
-from mmrec.manifest import Parent, check_output, find_parent, read_manifest, relative_path
+from mmrec.manifest import (
+    Manifest,
+    Parent,
+    check_output,
+    find_recorded,
+    read_manifest,
+    relative_path,
+)
 from mmrec.model.encoder import Encoder, Side
 from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import open_split, pick_device, read_embeddings
@@ -154,8 +161,9 @@ class Matcher:
             encoder = encoder or _pushed_encoder(opened)
         else:
             folder = Path(index or "")
-            shards = find_parent(folder, "shards")
-            encoder = encoder or _find_encoder(folder)
+            assert opened.manifest is not None
+            shards = find_recorded(folder, opened.manifest.parent("shards"))
+            encoder = encoder or _find_encoder(folder, opened.manifest)
         return cls(
             Encoder.load(encoder, device=pick_device(device)),
             opened,
@@ -521,11 +529,12 @@ def _pushed_encoder(index: MilvusIndex) -> Path:
     )
 
 
-def _find_encoder(index: Path) -> Path:
-    found = find_parent(index, "encoder")
+def _find_encoder(index: Path, manifest: Manifest) -> Path:
+    """The encoder of an index; the manifest is its generation's, since the folder's may be older."""
+    record = manifest.parent("encoder")
+    found = find_recorded(index, record)
     if isinstance(found, Path):
         return found
-    record = read_manifest(index, "index").parent("encoder")
     if record is None:
         raise UserError(
             f"{index}: does not say which encoder it was built with; give one by its path"

@@ -302,6 +302,30 @@ def test_push_and_search_in_milvus(
         Matcher.load(index, uri=in_milvus)
 
 
+def test_a_collection_is_changed_by_the_command_line(
+    index: Path, in_milvus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ProductIndex.load(index).ids
+    (tmp_path / "ids.txt").write_text("\n".join([*ids[:3], "no such product"]))
+    cli.index_delete(uri=in_milvus, ids=tmp_path / "ids.txt")
+    assert f"deleted 3; {in_milvus} holds {len(ids) - 3}" in capsys.readouterr().out
+    cli.index_upsert(uri=in_milvus, embeddings=index.parent / "embeddings")
+    assert f"upserted {len(ids)}; {in_milvus} holds {len(ids)}" in capsys.readouterr().out
+    cli.index_status(uri=in_milvus)
+    assert f"products: {len(ids)}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="give an index folder, or the URI of Milvus"):
+        cli.index_status(index, uri=in_milvus)
+
+
+def test_the_encoder_is_that_of_the_live_generation(own: Path) -> None:
+    """A writer killed before it copied the manifest leaves the folder with that of the generation before."""
+    path = own / "manifest.json"
+    encoder = read_manifest(own).parent("encoder")
+    assert encoder
+    path.write_text(path.read_text().replace(encoder.fingerprint, "f" * 16))
+    assert Matcher.load(own).encoder.fingerprint == encoder.fingerprint
+
+
 def test_a_foreign_or_lost_encoder_in_milvus(
     index: Path, in_milvus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
