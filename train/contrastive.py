@@ -174,9 +174,9 @@ RECIPES: dict[str, TrainConfig] = {
         out=_NOWHERE,
         encoder=EncoderConfig(towers="mmrec-tiny", num_frames=6),
         sampler=SamplerConfig(batch_size=64),
-        augment=AugmentConfig(min_scale=0.85, flip=0.0, color=0.0, modality_dropout=0.25),
-        # The second edge makes pictures meet without help from the product's title.
-        objectives=Objectives(video_image=1.0),
+        augment=AugmentConfig(min_scale=0.85, flip=0.0, color=0.0, modality_dropout=0.0),
+        # Edges that make pictures meet without help from titles, and pictures with their product's title.
+        objectives=Objectives(video_image=1.0, image_title=1.0),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         epochs=11,
         num_frames=2,

@@ -93,8 +93,8 @@ def joined_attributes(ids: Sequence[str], attributes: pa.Table | None, key: str)
     if key not in attributes.column_names:
         found = ", ".join(attributes.column_names)
         raise UserError(f"attributes have no column '{key}'; found {found or 'none'}")
-    attributes = filterable(attributes)
-    known = attributes[key].cast(pa.string()).to_pylist()
+    table = filterable(attributes)
+    known = table[key].cast(pa.string()).to_pylist()
     rows = {id_: row for row, id_ in enumerate(known)}
     if len(rows) < len(known):
         twice = [id_ for id_, count in Counter(known).items() if count > 1]
@@ -102,8 +102,8 @@ def joined_attributes(ids: Sequence[str], attributes: pa.Table | None, key: str)
     missing = [id_ for id_ in ids if id_ not in rows]
     if missing:
         raise UserError(f"attributes have no row for {name_ids(missing)}")
-    rest = [name for name in attributes.column_names if name != key]
-    taken = attributes.select(rest).take(pa.array([rows[id_] for id_ in ids], pa.int64()))
+    rest = [name for name in table.column_names if name != key]
+    taken = table.select(rest).take(pa.array([rows[id_] for id_ in ids], pa.int64()))
     return pa.table([id_column, *taken.columns], names=[key, *rest])
 
 
