@@ -418,7 +418,10 @@ def test_outputs_do_not_swallow_inputs(tiny_tables: Path, tiny_shards: Path) -> 
         ({"log_every": 0}, "--log-every 0"),
         ({"num_workers": -1}, "--num-workers -1"),
         ({"trackers": ("foo",)}, "--trackers foo: not installed here"),
-        ({"objectives": {"content_product": 0.0, "video_image": 0.0}}, "nothing to learn"),
+        (
+            {"objectives": {"content_product": 0.0, "video_image": 0.0, "image_title": 0.0}},
+            "nothing to learn",
+        ),
         ({"encoder": {"num_frames": 0}}, r"--encoder\.num-frames 0"),
         ({"encoder": {"pretrained": "README.md"}}, "does not fit mmrec-tiny"),
         ({"sampler": {"window_shards": 0}}, r"--sampler\.window-shards 0"),

@@ -21,8 +21,8 @@ def test_a_run_shows_how_it_goes(
     out = tmp_path / "run"
     program.main(small_run(tiny_shards, out, epochs=1, trackers=("tensorboard",)))
     steps = [row for row in read_metrics(out) if "loss" in row]
-    logged = {"step", "epoch", "loss", "content_product", "video_image", "gradient_norm", "lr"}
-    logged |= {"scale", "samples_per_s", "data_wait", "memory_gib"}
+    logged = {"step", "epoch", "loss", "content_product", "video_image", "image_title"}
+    logged |= {"gradient_norm", "lr", "scale", "samples_per_s", "data_wait", "memory_gib"}
     assert set(steps[0]) == logged
     for row in steps:
         assert all(math.isfinite(value) for value in row.values())
