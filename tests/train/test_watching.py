@@ -26,7 +26,8 @@ def test_a_run_shows_how_it_goes(
     assert set(steps[0]) == logged
     for row in steps:
         assert all(math.isfinite(value) for value in row.values())
-        assert row["loss"] == pytest.approx(row["content_product"] + row["video_image"], rel=1e-5)
+        edges = row["content_product"] + row["video_image"] + row["image_title"]
+        assert row["loss"] == pytest.approx(edges, rel=1e-5)
         assert 0 <= row["data_wait"] <= 1
     with Image.open(out / "curves.png") as picture:
         assert picture.size[0] == 1200
