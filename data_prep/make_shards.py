@@ -77,6 +77,7 @@ from mmrec.manifest import (
     check_output,
     fingerprint_of,
     read_manifest,
+    refuse_other_settings,
     relative_path,
     write_manifest,
 )
@@ -368,17 +369,7 @@ class _Work:
         if earlier is None or self._config.restart:
             self._start_anew()
             return
-        mine = self._settings
-        differing = [
-            f"{name} was {earlier.get(name)}, is {mine.get(name)}"
-            for name in sorted({*earlier, *mine})
-            if earlier.get(name) != mine.get(name)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.root}: holds unfinished work of other settings ({'; '.join(differing)}); finish it "
-                "with those, or --restart throws it away"
-            )
+        refuse_other_settings(self.root, earlier, self._settings)
 
     def _start_anew(self) -> None:
         # The plan goes first: whatever lies here without one is thrown away at the next start.

@@ -66,6 +66,12 @@ class Manifest:
         """The first parent of that kind, if there is one."""
         return next((parent for parent in self.parents if parent.kind == kind), None)
 
+    @property
+    def encoder(self) -> str | None:
+        """The fingerprint of the encoder that made what the folder holds, where that is known."""
+        made_by = self.parent("encoder")
+        return made_by.fingerprint if made_by else None
+
 
 def write_manifest(folder: Place, manifest: Manifest) -> None:
     """Write the manifest into a folder; the last thing done before the folder is published."""
@@ -227,6 +233,22 @@ def hash_file(path: Place) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(local_copy(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_other_settings(
+    unfinished: Place, earlier: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Raises `UserError` when unfinished work is not of these settings, with those that differ."""
+    differing = [
+        f"{name} was {earlier.get(name)}, is {settings.get(name)}"
+        for name in sorted({*earlier, *settings})
+        if earlier.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{unfinished}: holds unfinished work of other settings ({'; '.join(differing)}); finish it "
+            "with those, or --restart throws it away"
+        )
 
 
 def check_no_file(path: Path) -> None:

@@ -88,9 +88,9 @@ def match_embeddings(
     """
     _check_out(out, embeddings)
     loaded = read_embeddings(embeddings, ids=ids, queries=True)
-    theirs = loaded.manifest.parent("encoder")
+    theirs = loaded.manifest.encoder
     if theirs is not None:
-        check_encoder(index, theirs.fingerprint)
+        check_encoder(index, theirs)
     if theirs is None or encoder_of(index) is None:
         warn_of_unknown_encoder(f"{embeddings} and the index")
     starts = range(0, len(loaded.ids), _SEARCHED)

@@ -31,6 +31,7 @@ from mmrec.manifest import (
     check_output,
     parent_of,
     read_manifest,
+    refuse_other_settings,
     write_manifest,
 )
 from mmrec.model.encoder import VIEWS, Encoder, Side
@@ -370,17 +371,7 @@ class _Work:
         if not self._plan.is_file():
             self._write_plan({"settings": settings, "threads": threads})
         plan = self._read_plan()
-        earlier = plan.get("settings", {})
-        differing = [
-            f"{name} was {earlier.get(name)}, is {settings.get(name)}"
-            for name in sorted({*earlier, *settings})
-            if earlier.get(name) != settings.get(name)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.root}: holds unfinished work of other settings ({'; '.join(differing)}); finish it "
-                "with those, or --restart throws it away"
-            )
+        refuse_other_settings(self.root, plan.get("settings", {}), settings)
         entries = map(self._entry, range(parts))
         missing = [
             number

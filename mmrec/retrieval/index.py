@@ -621,9 +621,9 @@ def _rows_of(view: View, ids: Sequence[str]) -> Int64[np.ndarray, " Q"]:
 
 def _check_same_encoder(before: Manifest | None, now: Manifest, folder: Path) -> None:
     """Refuse to go on with an index that was built anew in another encoder's space."""
-    old, new = (m.parent("encoder") if m else None for m in (before, now))
-    if old and new and old.fingerprint != new.fingerprint:
+    old, new = before.encoder if before else None, now.encoder
+    if old and new and old != new:
         raise UserError(
-            f"{folder}: was built with encoder {old.fingerprint} when it was opened, and is built with "
-            f"{new.fingerprint} now; load it again, with that encoder"
+            f"{folder}: was built with encoder {old} when it was opened, and is built with "
+            f"{new} now; load it again, with that encoder"
         )

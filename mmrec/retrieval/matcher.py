@@ -327,8 +327,7 @@ def open_index(
 
 def encoder_of(index: CatalogueIndex) -> str | None:
     """The fingerprint of the encoder that made what an index holds, where that is known."""
-    made_by = index.manifest.parent("encoder") if index.manifest else None
-    return made_by.fingerprint if made_by else None
+    return index.manifest.encoder if index.manifest else None
 
 
 def warn_of_unknown_encoder(what: str) -> None:
@@ -481,8 +480,7 @@ def upsert_embeddings(
         raise UserError(
             f"{embeddings}: holds {family}, and this index has the column '{index.key}'"
         )
-    record = loaded.manifest.parent("encoder")
-    theirs, ours = record.fingerprint if record else None, encoder_of(index)
+    theirs, ours = loaded.manifest.encoder, encoder_of(index)
     if theirs is not None:
         check_encoder(index, theirs)
     if (theirs is None) != (ours is None) and not accept_encoder:

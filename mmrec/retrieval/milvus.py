@@ -26,9 +26,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Float32
 
-from mmrec.data.storage import Place, is_file, place
+from mmrec.data.storage import Place
 from mmrec.errors import UserError
-from mmrec.manifest import FILE_NAME, Manifest, Parent, read_manifest
+from mmrec.manifest import Manifest, Parent, find_recorded
 from mmrec.retrieval.index import SearchResult
 from mmrec.retrieval.intake import (
     checked_queries,
@@ -102,13 +102,12 @@ class Facts:
 
     def to_properties(self) -> dict[str, str]:
         """As Milvus keeps them: names and strings."""
-        made_by = self.manifest.parent("encoder")
         return {
             _MANIFEST: json.dumps(asdict(self.manifest), ensure_ascii=False),
             _SCHEMA: base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
             _KIND: self.kind,
             _SOURCE: self.source,
-            _ENCODER: made_by.fingerprint if made_by else "",
+            _ENCODER: self.manifest.encoder or "",
         }
 
     @classmethod
@@ -308,23 +307,16 @@ class MilvusIndex:
 
     def find_parent(self, kind: str) -> Place | None:
         """Where the encoder or the shards lie, if this machine sees them where the pushing one did."""
-        record = self._facts.manifest.parent(kind)
-        if record is None:
-            return None
-        path = place(record.path)
-        if not is_file(path / FILE_NAME) or read_manifest(path).fingerprint != record.fingerprint:
-            return None
-        return path
+        return find_recorded(Path(), self._facts.manifest.parent(kind))
 
     def status(self) -> MilvusStatus:
         """Counts, index type and encoder."""
-        made_by = self._facts.manifest.parent("encoder")
         return MilvusStatus(
             collection=self.collection,
             kind=self._facts.kind,
             products=len(self),
             width=self.width,
-            encoder=made_by.fingerprint if made_by else None,
+            encoder=self._facts.manifest.encoder,
         )
 
     # ----------------------------------------------------------------------------------- searching

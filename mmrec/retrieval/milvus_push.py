@@ -116,12 +116,12 @@ def _check_replaceable(server: Server, collection: str, facts: Facts) -> None:
     there = server.facts(collection)
     if there is None:
         return
-    theirs, ours = there.manifest.parent("encoder"), facts.manifest.parent("encoder")
-    if (theirs and theirs.fingerprint) != (ours and ours.fingerprint):
+    theirs, ours = there.manifest.encoder, facts.manifest.encoder
+    if theirs != ours:
         raise UserError(
             f"{server.uri}: collection '{collection}' is of encoder "
-            f"{theirs.fingerprint if theirs else 'unknown'}, and this index of "
-            f"{ours.fingerprint if ours else 'unknown'}: their spaces differ; give another --collection"
+            f"{theirs or 'unknown'}, and this index of "
+            f"{ours or 'unknown'}: their spaces differ; give another --collection"
         )
 
 

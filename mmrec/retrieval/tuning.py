@@ -251,11 +251,11 @@ def query_vectors(
             f"{queries}: holds {family}, as the index does; tune with {other}, whose vectors lie "
             f"elsewhere, or say `--queries {OWN}` if you mean it"
         )
-    ours, theirs = (each.manifest.parent("encoder") for each in (catalogue, loaded))
-    if ours and theirs and ours.fingerprint != theirs.fingerprint:
+    ours, theirs = catalogue.manifest.encoder, loaded.manifest.encoder
+    if ours and theirs and ours != theirs:
         raise UserError(
-            f"{queries}: was made by encoder {theirs.fingerprint}, and {catalogue.folder} by "
-            f"{ours.fingerprint}: their spaces differ; embed the queries again with the latter"
+            f"{queries}: was made by encoder {theirs}, and {catalogue.folder} by "
+            f"{ours}: their spaces differ; embed the queries again with the latter"
         )
     if loaded.vectors.shape[1] != catalogue.vectors.shape[1]:
         raise UserError(
