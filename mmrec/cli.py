@@ -12,6 +12,7 @@ import tyro
 
 from mmrec.errors import UserError
 from mmrec.flags import refused_in_one_line
+from mmrec.launcher import stop_with_launcher
 
 Result = TypeVar("Result")
 Split = Literal["train", "val", "test"]
@@ -572,6 +573,7 @@ def _inspect_shards(
 
 def run_program(program: Callable[[], Result]) -> Result:
     """Run a program; a `UserError`, or a refused flag, becomes one line on stderr and exit status 1."""
+    stop_with_launcher()
     try:
         return refused_in_one_line(program)
     except UserError as error:

@@ -93,7 +93,7 @@ from mmrec.training.sharding import (
     whole_encoder,
     whole_tensor,
 )
-from mmrec.training.stopping import StopSignals, exit_status, stop_message, stop_with_launcher
+from mmrec.training.stopping import StopSignals, exit_status, stop_message
 
 # --- config ------------------------------------------------------------------------------------
 
@@ -720,5 +720,4 @@ def finish(config: TrainConfig, progress: Progress, samples: int) -> None:
 
 
 if __name__ == "__main__":
-    stop_with_launcher()
     run_program(lambda: main(parse(sys.argv[1:])))

@@ -34,6 +34,7 @@ from jaxtyping import Float
 from mmrec.cli import run_program
 from mmrec.errors import UserError
 from mmrec.manifest import read_manifest
+from mmrec.ranges import Count, CountOrZero, check_ranges
 
 # Shape letters: S seeds, Q queries.
 
@@ -58,11 +59,11 @@ class StudyConfig:
     """Shards of data_prep/grocery_store.py --form videos."""
     out: Path
     """The study's folder; what is finished there is not run again."""
-    seeds: int = 3
+    seeds: Count = 3
     """Runs of each arm: with the seeds 0, 1, 2."""
     arms: tuple[str, ...] = ()
     """Names of the arms to run beside the base; empty runs all."""
-    jobs: int = 0
+    jobs: CountOrZero = 0
     """Trainings at once, each on one thread; 0 takes one per core."""
 
 
@@ -343,6 +344,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def main(config: StudyConfig) -> None:
     """Run what is not finished, and write the results of what is."""
+    check_ranges(config)
     arms = [(question, arm) for question, group in QUESTIONS.items() for arm in group]
     unknown = set(config.arms) - {arm.name for _, arm in arms}
     if unknown:

@@ -1,9 +1,7 @@
 """Stops that are asked for from outside: SIGTERM, Ctrl-C, and SIGUSR1, SLURM's warning of a preemption."""
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,33 +15,6 @@ SIGNALS = tuple(
 # A terminal sends Ctrl-C to every process, and torchrun then sends it to its ranks once more: only a
 # second one that comes later is a person's.
 _ECHO_S = 1.0
-
-
-_LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}
-_LAUNCHERS |= {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
-
-
-def stop_with_launcher() -> None:
-    """From now on, SIGTERM comes when the launcher that started this process is gone; Linux alone has this.
-
-    A process with any other parent is left alone: a shell may end before what it started with nohup.
-    """
-    parent = os.getppid()
-    if sys.platform != "linux" or not _is_launcher(parent):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # It was gone before the kernel was told.
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_launcher(pid: int) -> bool:
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
-    # An interpreter with an option or two comes first; what is launched comes later.
-    return any(Path(word).name in _LAUNCHERS for word in command[:4])
 
 
 class StopSignals:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -74,37 +73,3 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     _, errors = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
     assert "SIGINT: stopping after this step" in errors
-
-
-CHILD = """
-import time
-from mmrec.training.stopping import StopSignals, stop_with_launcher
-stop_with_launcher()
-with StopSignals(announce=False) as stop:
-    print("ready", flush=True)
-    until = time.monotonic() + 2
-    while time.monotonic() < until and not stop.received:
-        time.sleep(0.01)
-    print("received", stop.received)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
-@pytest.mark.parametrize(("name", "received"), [("torchrun", signal.SIGTERM), ("start.py", 0)])
-def test_the_end_of_a_launcher_is_a_sigterm_and_of_another_parent_nothing(
-    tmp_path: Path, name: str, received: int
-) -> None:
-    (tmp_path / name).write_text(
-        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {CHILD!r}])"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, tmp_path / name],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert parent.stdout
-    assert parent.stdout.readline() == "ready\n"
-    parent.kill()
-    said, _ = parent.communicate(timeout=10)  # Until the child has ended as well.
-    assert said == f"received {int(received)}\n"
