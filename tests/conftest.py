@@ -22,8 +22,14 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--kills 100` breaks off preparation, training and writers of an index more often than a quick run."""
+    """`--kills 100` breaks off preparation, training and writers of an index more often than a quick run.
+
+    `--seconds 3600` reads an index for so long while it is changed.
+    """
     parser.addoption("--kills", type=int, default=4, help="kills of a program (default 4)")
+    parser.addoption(
+        "--seconds", type=float, default=3, help="of reading beside a writer (default 3)"
+    )
 
 
 def load_program(path: str) -> ModuleType:
