@@ -54,6 +54,7 @@ autofaiss==2.18.0
 embedding-reader==1.8.1
 faiss-cpu==1.8.0
 numpy==1.26.4
+packaging==26.3
 pyarrow==19.0.1
 """
 
