@@ -283,6 +283,32 @@ def test_a_sample_decides_and_all_are_measured(tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 20) or []) > 20
 
 
+def test_what_breaks_its_promise_on_all_products_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    promised = {"IVF,Flat": 400.0, "HNSW32_SQ8": 900.0, "IVF,SQ8": 100.0, "Flat": 30.0}
+    kept = {"IVF,Flat": 80.0, "HNSW32_SQ8": 20.0, "IVF,SQ8": 90.0, "Flat": 30.0}
+    built: list[tuple[str, float]] = []
+
+    def measure(task, candidate, truth, fastest):
+        built.append((candidate.name, fastest))
+        return measured(candidate.name, kept[candidate.name], 0.95), f"index of {candidate.name}"
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    candidates = [one for one in candidates_for(10_000, 32)[0] if one.name in promised]
+    task = tuning._Task(
+        goal=TuningGoal(), count=10_000, indexed_width=32, rerank=False, report=lambda line: None
+    )
+    order = ranked([measured(name, qps, 0.95) for name, qps in promised.items()])
+    vectors, queries = catalogue(500)
+    best, index = tuning._measure_finalists(
+        task, order, candidates, exact_truth(vectors, queries, 10)
+    )
+    # The third promises no more than half as much again as the second gives.
+    assert built == [("HNSW32_SQ8", 0.0), ("IVF,Flat", 20.0)]
+    assert (best.name, index) == ("IVF,Flat", "index of IVF,Flat")
+
+
 def test_a_sample_is_not_charged_with_what_all_products_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
