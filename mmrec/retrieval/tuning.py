@@ -378,20 +378,28 @@ def _measure_finalists(
     """Build candidates on all products, the best on the sample first, until none promises more.
 
     What the sample promised may be far from what all products show: recall falls as they crowd, and a graph
-    can pay for it with a hundred times the candidates.
+    can pay for it with a hundred times the candidates. What one kind breaks is taken off the promises of
+    others that grow alike.
     """
     by_name = {candidate.name: candidate for candidate in candidates}
-    tried: list[Measured] = []
+    waiting, tried = list(order), list[Measured]()
+    shares: dict[Growth, float] = {}
     kept = None
-    for place in order:
-        if tried and not place.reached:
-            break
+
+    def promise(place: Measured) -> float:
+        return place.qps_of_all * shares.get(by_name[place.name].growth, 1.0)
+
+    while waiting:
+        place = max((one for one in waiting if one.reached), key=promise, default=waiting[0])
         fastest = max((one.setting.qps for one in tried if one.reached), default=0.0)
-        if place.qps_of_all < _PROMISING * fastest:
+        if (tried and not place.reached) or promise(place) < _PROMISING * fastest:
             break
+        waiting.remove(place)
+        candidate = by_name[place.name]
         task.report(f"{place.factory}: built on all {task.count:,} products")
-        found, index = _measure(task, by_name[place.name], truth, fastest)
+        found, index = _measure(task, candidate, truth, fastest)
         task.report(found.line(task.goal.k))
+        shares[candidate.growth] = min(1.0, found.setting.qps / place.qps_of_all)
         tried.append(found)
         if ranked(tried)[0] is found:
             kept = index
