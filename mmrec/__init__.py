@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from mmrec.model.encoder import Encoder as Encoder
     from mmrec.retrieval.index import ProductIndex as ProductIndex
     from mmrec.retrieval.matcher import Matcher as Matcher
-    from mmrec.retrieval.matcher import Matches as Matches
+    from mmrec.retrieval.matches import Matches as Matches
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Encoder": "mmrec.model.encoder",
     "Matcher": "mmrec.retrieval.matcher",
-    "Matches": "mmrec.retrieval.matcher",
+    "Matches": "mmrec.retrieval.matches",
     "ProductIndex": "mmrec.retrieval.index",
 }
 __all__ = ["Encoder", "Matcher", "Matches", "ProductIndex", "__version__"]
@@ -27,3 +27,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mmrec' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    # So that a notebook completes names that are not loaded yet.
+    return sorted({*globals(), *__all__})

@@ -382,7 +382,8 @@ def search(
     video: str | None = None,
     images: tuple[str, ...] = (),
     text: str | None = None,
-    like: str | None = None,
+    product_id: str | None = None,
+    content_id: str | None = None,
     queries: Path | None = None,
     query_ids: str | None = None,
     out: Path | None = None,
@@ -404,7 +405,8 @@ def search(
         video: A video file or URL.
         images: Picture files or URLs, instead of a video.
         text: A title or a query in words, alone or beside the video or pictures.
-        like: The id of something in the index, to find what is near it.
+        product_id: A product of the index instead, to find what is near it.
+        content_id: The same, of an index of contents.
         queries: Many queries: a Parquet file with columns title, video or images, or a folder of embeddings.
         query_ids: The column that names queries in a folder that mmrec did not write; else they are numbered.
         out: The Parquet file of matches to write, with --queries.
@@ -425,7 +427,7 @@ def search(
         raise UserError("give --index FOLDER, or --backend milvus --uri URI")
     if (queries is None) != (out is None):
         raise UserError("--queries and --out go together")
-    single = (video, text, like, *images)
+    single = (video, text, product_id, content_id, *images)
     if queries and any(single):
         raise UserError("give --queries, or one query, not both")
     if queries and out and is_embeddings(queries):
@@ -442,19 +444,21 @@ def search(
         for reason, count in counts.dropped.items():
             print(f"  dropped: {reason}: {count:,}")
         return
-    if like is not None:
-        if video or images or text:
-            raise UserError("give --like, or a video, images or text, not both")
-        matches = matcher.match_like(like, k=k, where=where, rerank=rerank)
-    else:
-        matches = matcher.match(
-            video=video, images=images, text=text, k=k, where=where, side=side, rerank=rerank
-        )
+    matches = matcher.match(
+        video=video,
+        images=images,
+        text=text,
+        product_id=product_id,
+        content_id=content_id,
+        k=k,
+        where=where,
+        side=side,
+        rerank=rerank,
+    )
     if json:
         print(dumps(matches.to_dict(), ensure_ascii=False, default=str))
         return
-    for place, match in enumerate(matches, 1):
-        print(f"{place:3}  {match.score:.3f}  {match.product_id}  {match.title or ''}")
+    print(matches)
 
 
 @app.command

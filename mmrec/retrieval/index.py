@@ -324,6 +324,12 @@ class ProductIndex:
         """Id and attributes of every product, in the order of `ids`: a table made on each call."""
         return self._view.products()
 
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the id and the attributes."""
+        schemas = [self._view.base.products.schema, self._view.delta.table.schema]
+        return pa.unify_schemas(schemas, promote_options="permissive")
+
     def __contains__(self, product_id: str) -> bool:
         return bool(self._view.rows_of([product_id])[0] >= 0)
 
@@ -431,7 +437,7 @@ class ProductIndex:
                 products = self._known_attributes(ids)
             else:
                 products = joined_attributes(ids, attributes, self.key)
-            products = fitted_attributes(products, self._schema())
+            products = fitted_attributes(products, self.schema)
             facts = self._measured(indexed)
             self._change(Change(kind="upsert", products=products, vectors=vectors, facts=facts))
 
@@ -547,17 +553,12 @@ class ProductIndex:
         )
         return base_in_memory(record, index, view.products(), store)
 
-    def _schema(self) -> pa.Schema:
-        """All columns of all products."""
-        schemas = [self._view.base.products.schema, self._view.delta.table.schema]
-        return pa.unify_schemas(schemas, promote_options="permissive")
-
     def _known_attributes(self, ids: Sequence[str]) -> pa.Table:
         """What is known of products; of new ones the id alone."""
         rows = self._view.rows_of(ids).tolist()
         known = [self._view.attributes(row) if row >= 0 else {} for row in rows]
         own = [{**columns, self.key: id_} for id_, columns in zip(ids, known, strict=True)]
-        return pa.Table.from_pylist(own, schema=self._schema())
+        return pa.Table.from_pylist(own, schema=self.schema)
 
     def _measured(self, indexed: Float32[np.ndarray, "N D"]) -> dict[str, Any]:
         """How well new vectors fit what the base was trained on."""

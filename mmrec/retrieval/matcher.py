@@ -3,34 +3,28 @@
 from mmrec import Matcher
 matcher = Matcher.load("runs/demo/index")
 matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
+
+Shape letters: Q queries, D embedding width.
 """
 
-import base64
-import html
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, overload
 
 import numpy as np
 import psutil
 import torch
 from jaxtyping import Float32
 
-from mmrec.data.batches import collate_items
-from mmrec.data.media import (
-    FrameConfig,
-    Source,
-    encode_jpeg,
-    read_image,
-    read_video,
-    resize_shorter,
-)
+from mmrec.data.batches import collate_items, item_loader
+from mmrec.data.media import Source, encode_jpeg, resize_shorter
 from mmrec.data.shards import ShardReader, frame_name, image_name
 from mmrec.data.storage import Place, joined
-from mmrec.errors import MediaError, UserError
+from mmrec.errors import UserError
 from mmrec.manifest import (
     Manifest,
     Parent,
@@ -44,79 +38,32 @@ from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import open_split, pick_device, read_embeddings
 from mmrec.retrieval.frontier import Frontier, remove_frontier
 from mmrec.retrieval.index import Device, ProductIndex
+from mmrec.retrieval.match_gallery import THUMBNAIL
+from mmrec.retrieval.matches import Match, Matches, Why
 from mmrec.retrieval.milvus import COLLECTION, MilvusIndex
 from mmrec.retrieval.out_of_core import build_from_parts, bytes_to_build
 from mmrec.retrieval.parts import Parts, attributes_of, open_parts
+from mmrec.retrieval.queries import (
+    EncodedQuery,
+    Query,
+    embed_parts_of,
+    encode,
+    is_given,
+    listed,
+    queries_of,
+    read_query,
+)
 from mmrec.retrieval.tuning import TuningGoal, check_goal, query_vectors, tuned_index
 
-if TYPE_CHECKING:
-    import pandas
-
-_THUMBNAIL = 96
-
-
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    """One matched product."""
-
-    product_id: str
-    """The product's id; in an index of contents the content's."""
-    score: float
-    """Cosine similarity of query and match, -1 to 1."""
-    title: str | None
-    attributes: dict[str, Any]
-    image: bytes | None = field(default=None, repr=False)
-    """The product's first picture as JPEG bytes, where the shards it came from are still there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matches(Sequence[Match]):
-    """The products nearest to one query, best first. A notebook shows them as a gallery."""
-
-    matches: list[Match]
-    title: str | None = None
-    """The query's words."""
-    frames: list[bytes] = field(default_factory=list, repr=False)
-    """The query's frames or pictures as JPEG bytes."""
-
-    def __getitem__(self, place: Any) -> Any:
-        return self.matches[place]
-
-    def __len__(self) -> int:
-        return len(self.matches)
-
-    def __iter__(self) -> Iterator[Match]:
-        return iter(self.matches)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `mmrec search --json` prints: no pictures, only what can be read."""
-        return {
-            "title": self.title,
-            "frames": len(self.frames),
-            "matches": [
-                {name: value for name, value in asdict(match).items() if name != "image"}
-                for match in self.matches
-            ],
-        }
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """A row a match: product_id, score, title, and a column an attribute."""
-        import pandas
-
-        rows = []
-        for match in self.matches:
-            own = {"product_id": match.product_id, "score": match.score, "title": match.title}
-            rows.append(own | match.attributes | own)  # An attribute called score stays behind.
-        return pandas.DataFrame(rows)
-
-    def _repr_html_(self) -> str:
-        query = "".join(_picture(frame, "query frame") for frame in self.frames[:6])
-        words = f"<p>“{html.escape(self.title)}”</p>" if self.title else ""
-        cards = "".join(_card(place, match) for place, match in enumerate(self.matches, 1))
-        return (
-            f"<div><div>{query}</div>{words}"
-            f"<div style='display:flex;flex-wrap:wrap;gap:12px;margin-top:8px'>{cards}</div></div>"
-        )
+_READ = 32
+"""Queries of a list that are read before they are embedded together."""
+_SEARCHED = 1_024
+"""Queries of a list that are searched for together."""
+Videos = list[Source] | list[Source | None] | tuple[Source | None, ...]
+Words = list[str] | list[str | None] | tuple[str | None, ...]
+Ids = list[str] | tuple[str, ...]
+Pictures = Sequence[Source] | None
+PictureLists = list[Pictures] | list[list[Source]] | tuple[Pictures, ...]
 
 
 class Matcher:
@@ -170,58 +117,90 @@ class Matcher:
             catalog=_open_catalog(shards, opened),
         )
 
-    def match(
+    # Without arguments either fits, and either is refused.
+    @overload
+    def match(  # pyright: ignore[reportOverlappingOverload]
         self,
         *,
         video: Source | None = None,
         images: Sequence[Source] | Source = (),
         title: str | None = None,
         text: str | None = None,
+        product_id: str | None = None,
+        content_id: str | None = None,
         k: int = 10,
         where: str | None = None,
         side: Side | None = None,
         rerank: bool | None = None,
-    ) -> Matches:
+    ) -> Matches: ...
+
+    @overload
+    def match(
+        self,
+        *,
+        video: Videos | None = None,
+        images: PictureLists | tuple[()] = (),
+        title: Words | None = None,
+        text: Words | None = None,
+        product_id: Ids | None = None,
+        content_id: Ids | None = None,
+        k: int = 10,
+        where: str | None = None,
+        side: Side | None = None,
+        rerank: bool | None = None,
+    ) -> list[Matches]: ...
+
+    def match(
+        self,
+        *,
+        video: Source | Videos | None = None,
+        images: Source | Sequence[Source] | PictureLists = (),
+        title: str | Words | None = None,
+        text: str | Words | None = None,
+        product_id: str | Ids | None = None,
+        content_id: str | Ids | None = None,
+        k: int = 10,
+        where: str | None = None,
+        side: Side | None = None,
+        rerank: bool | None = None,
+    ) -> Matches | list[Matches]:
         """The k nearest to a video, or pictures, with or without words, or words alone.
 
-        `video` and `images` (one or several) are paths, URLs or bytes. `title` and `text` are two names
-        for the words: a content's title, or a query typed by a person. `where` is a condition on
-        attributes ("price < 30 and available"). `side` says whether the query is a content or a
-        product, where it is not the other side of what the index holds; `rerank` as in
-        `ProductIndex.search`.
+            matcher.match(video="clip.mp4", title="love this mug", k=5, where="price < 30")
+            matcher.match(images=["front.jpg", "back.jpg"])            # one query of two pictures
+            matcher.match(images=[["a.jpg"], ["b.jpg", "c.jpg"]])      # two queries
+            matcher.match(video=["a.mp4", "b.mp4"], title=["a mug", None])
+            matcher.match(product_id="p00017")                         # products like a product
 
-        Raises `UserError` when nothing is given, both words are, a file cannot be read, or the condition
-        cannot be understood.
+        Args:
+            video: A path, URL or bytes of a video; or a list of them.
+            images: Paths, URLs or bytes of a query's pictures instead, or one alone; a list of lists is
+                many queries.
+            title: A content's title; or a list.
+            text: The same, under the name of what a person types.
+            product_id: Something that the index holds, to find what is near it, without itself; or a list.
+            content_id: The same, for an index of contents.
+            k: The most matches of a query.
+            where: A condition on attributes: "price < 30 and category = 'shoes' and available".
+            side: Whether the query is a content or a product, where it is not the other side of what the
+                index holds.
+            rerank: As in `ProductIndex.search`.
+
+        Returns `Matches`, or a list of them for lists, which have an entry for each query, None where it
+        has none, and are read and embedded some at a time.
+
+        Raises `UserError` when nothing is given, both words are, a file cannot be read (named, and of a list
+        with its place, as `video[3]`), an id is not here, or the condition cannot be understood.
         """
-        words = _one_of(title, text)
-        pictures = self.read(video, images)
-        if not pictures and not (words and words.strip()):
-            raise UserError("nothing to match: give a video, images or text")
-        query = self.embed(pictures, words, side=side)[None]
-        result = self.index.search(query, k, where=where, rerank=rerank)
-        return Matches(
-            matches=self._matches(result.ids[0], result.scores[0]),
-            title=words,
-            frames=[encode_jpeg(resize_shorter(picture, _THUMBNAIL), 85) for picture in pictures],
-        )
-
-    def match_like(
-        self, id_: str, *, k: int = 10, where: str | None = None, rerank: bool | None = None
-    ) -> Matches:
-        """The k nearest to something that the index holds, without itself.
-
-        Raises `UserError` for an id that is not here, and for an index that keeps no vectors.
-        """
-        if k < 1:
-            raise UserError(f"k is {k}; expected at least 1")
-        query = self.index.vectors([id_])
-        query /= np.linalg.norm(query, axis=1, keepdims=True)
-        result = self.index.search(query, k + 1, where=where, rerank=rerank)
-        pairs = zip(result.ids[0], result.scores[0], strict=False)
-        others = [(found, score) for found, score in pairs if found != id_][:k]
-        ids, scores = [found for found, _ in others], np.array([score for _, score in others])
-        title = self.index.attributes(id_).get("title")
-        return Matches(matches=self._matches(ids, scores), title=title)
+        ids = self._ids_asked(product_id, content_id)
+        if ids is not None:
+            if any(map(is_given, (video, images, title, text))):
+                raise UserError(f"give {self.index.key}, or a video, images or text, not both")
+            found = self._match_ids(ids, k=k, where=where, rerank=rerank)
+            return found[0] if isinstance(ids, str) else found
+        queries, many = queries_of(video, images, title, text)
+        found = self._match_queries(queries, k=k, where=where, side=side, rerank=rerank)
+        return found if many else found[0]
 
     def embed(
         self, pictures: Sequence[np.ndarray], title: str | None, *, side: Side | None = None
@@ -236,23 +215,18 @@ class Matcher:
         *,
         side: Side | None = None,
     ) -> Float32[np.ndarray, "Q D"]:
-        """The unit vectors of several queries; one with neither pictures nor a title is zero."""
-        tensors = [
-            [
-                self.encoder.preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-                for picture in own
-            ]
-            for own in pictures
-        ]
-        batch = collate_items(
-            tensors,
-            titles,
-            tokenizer=self.encoder.tokenizer,
-            size=self.encoder.preprocess.size,
-        )
-        # An index may hold the first numbers of nested embeddings alone.
-        vectors = self.encoder.embed(batch, side or self.side, width=self.index.width)
-        return vectors.cpu().numpy()
+        """The unit vectors of several queries, in one batch; of one without pictures and title it is zero."""
+        return self._stacked(self.encode_many(pictures, titles, side=side))
+
+    def encode_many(
+        self,
+        pictures: Sequence[Sequence[np.ndarray]],
+        titles: Sequence[str | None],
+        *,
+        side: Side | None = None,
+    ) -> list[EncodedQuery]:
+        """The same with what the towers made of each part, which `why` goes by."""
+        return self._encode([self._preprocessed(own) for own in pictures], titles, side)
 
     def read(
         self, video: Source | None = None, images: Sequence[Source] | Source = ()
@@ -261,42 +235,200 @@ class Matcher:
 
         Raises `UserError` when both are given, or a file cannot be read.
         """
-        if isinstance(images, str | Path | bytes):
-            images = [images]
-        if video is not None and images:
-            raise UserError("give a video or images, not both")
-        return self._read(video, images)
+        own = [images] if isinstance(images, str | Path | bytes) else list(images)
+        if video is None and not own:
+            return []
+        return read_query(Query(video=video, images=own), self.encoder.config.num_frames)
 
-    def _matches(self, ids: Sequence[str], scores: np.ndarray) -> list[Match]:
-        found = self.index.attributes_of(ids)
+    def matches_of(self, ids: Sequence[str], scores: Sequence[float] | np.ndarray) -> list[Match]:
+        """What the index and the shards know of the ids that a search found, with their scores."""
+        attributes = self.index.attributes_of(ids)
         return [
-            self._match(id_, float(score), attributes)
-            for id_, score, attributes in zip(ids, scores, found, strict=False)
+            Match(
+                product_id=id_,
+                score=float(score),
+                title=own.pop("title", None),
+                attributes=own,
+                image=self._picture_of(id_),
+            )
+            for id_, score, own in zip(ids, scores, attributes, strict=False)
         ]
 
-    def _read(self, video: Source | None, images: Sequence[Source]) -> list[np.ndarray]:
-        source = video
-        try:
-            if video is not None:
-                frames = FrameConfig(num_frames=self.encoder.config.num_frames)
-                return read_video(video, frames).frames
-            pictures = []
-            for source in images:
-                pictures.append(read_image(source))
-            return pictures[: self.encoder.config.num_frames]
-        except MediaError as error:
-            name = f"{len(source)} bytes" if isinstance(source, bytes) else source
-            raise UserError(f"{name}: {error.reason}") from None
+    def why(self, query: EncodedQuery, ids: Sequence[str]) -> list[Why]:
+        """What of a query carried its match with each of some products; `Matches.why` asks this.
 
-    def _match(self, product_id: str, score: float, attributes: dict[str, Any]) -> Match:
-        title = attributes.pop("title", None)
-        return Match(
-            product_id=product_id,
-            score=score,
-            title=title,
-            attributes=attributes,
-            image=self._picture_of(product_id),
+        Raises `UserError` as `product_vectors` does.
+        """
+        products = self.product_vectors(ids)
+        parts = embed_parts_of(self.encoder, query, width=self.index.width)
+        scores = (products @ parts.T).tolist()
+        has_frames, has_title = len(query.frames) > 0, query.title is not None
+        return [
+            Why(
+                product_id=id_,
+                score=whole,
+                frame_losses=tuple(whole - rest for rest in without),
+                video_alone=video if has_frames else None,
+                title_alone=title if has_title else None,
+            )
+            for id_, (whole, video, title, *without) in zip(ids, scores, strict=True)
+        ]
+
+    def product_vectors(self, ids: Sequence[str]) -> Float32[np.ndarray, "Q D"]:
+        """Unit vectors of what the index holds: its own, or made anew from the shards where it keeps none.
+
+        Raises `UserError` for an id that is not here, and where neither can be had.
+        """
+        try:
+            vectors = self.index.vectors(ids)
+        except UserError as error:
+            missing = [id_ for id_ in ids if id_ not in self.index]
+            if missing or not all(id_ in self._picture_rows for id_ in ids):
+                raise UserError(
+                    str(error)
+                    if missing
+                    else f"{error}, and its shards are not where it remembers them; put them back, or build "
+                    "it with `mmrec index build --rerank`"
+                ) from None
+            return self._stacked(self._encode_held(ids))
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def _match_queries(
+        self,
+        queries: Sequence[Query],
+        *,
+        k: int,
+        where: str | None,
+        side: Side | None,
+        rerank: bool | None,
+    ) -> list[Matches]:
+        """Read and embed some at a time; the pictures of one query and no more lie in memory whole."""
+        encoded: list[EncodedQuery] = []
+        frames: list[list[bytes]] = []
+        for start in range(0, len(queries), _READ):
+            part = queries[start : start + _READ]
+            tensors = []
+            for query in part:
+                pictures = read_query(query, self.encoder.config.num_frames)
+                tensors.append(self._preprocessed(pictures))
+                frames.append([encode_jpeg(resize_shorter(p, THUMBNAIL), 85) for p in pictures])
+            encoded += self._encode(tensors, [query.title for query in part], side)
+        found = self._search(self._stacked(encoded), k, where, rerank)
+        return [
+            replace(own, title=query.title, frames=shown, explainer=partial(self._why_one, item))
+            for own, query, item, shown in zip(found, queries, encoded, frames, strict=True)
+        ]
+
+    def _match_ids(
+        self, ids: str | Sequence[str], *, k: int, where: str | None, rerank: bool | None
+    ) -> list[Matches]:
+        if k < 1:
+            raise UserError(f"k is {k}; expected at least 1")
+        asked = [ids] if isinstance(ids, str) else ids
+        vectors = self.index.vectors(asked)
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        titles = [own.get("title") for own in self.index.attributes_of(asked)]
+        pictures = [self._picture_of(id_) for id_ in asked]
+        found = self._search(vectors, k + 1, where, rerank)
+        return [
+            replace(
+                own,
+                matches=[match for match in own if match.product_id != id_][:k],
+                title=title,
+                frames=[picture] if picture else [],
+                explainer=partial(self._why_held, id_),
+            )
+            for own, id_, title, picture in zip(found, asked, titles, pictures, strict=True)
+        ]
+
+    def _search(
+        self, vectors: Float32[np.ndarray, "Q D"], k: int, where: str | None, rerank: bool | None
+    ) -> list[Matches]:
+        """What the index has for each query, some at a time, and each product looked up once."""
+        found: list[Matches] = []
+        for start in range(0, len(vectors), _SEARCHED):
+            part = vectors[start : start + _SEARCHED]
+            result = self.index.search(part, k, where=where, rerank=rerank)
+            ids = list(dict.fromkeys(id_ for row in result.ids for id_ in row))
+            held = {match.product_id: match for match in self.matches_of(ids, np.zeros(len(ids)))}
+            for row, scores in zip(result.ids, result.scores, strict=True):
+                pairs = zip(row, scores, strict=False)  # Scores go on where ids have ended.
+                matches = [replace(held[id_], score=float(score)) for id_, score in pairs]
+                found.append(Matches(matches=matches, key=self.index.key, schema=self.index.schema))
+        return found
+
+    def _ids_asked(self, product_id: Any, content_id: Any) -> str | list[str] | None:
+        """The ids to find neighbours of, under the name that this index has for them."""
+        for name, value in {"product_id": product_id, "content_id": content_id}.items():
+            if value is None:
+                continue
+            if name != self.index.key:
+                held = "contents" if self.index.key == "content_id" else "products"
+                raise UserError(
+                    f"{name}: this index holds {held}; give the {self.index.key} of one"
+                )
+            ids = value if isinstance(value, str) else listed(value)
+            if ids is None or not all(isinstance(id_, str) for id_ in ids):
+                raise UserError(f"{name}: expected ids, as text, found {value!r}")
+            return ids
+        return None
+
+    def _preprocessed(self, pictures: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        return [
+            self.encoder.preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+            for picture in pictures
+        ]
+
+    def _encode(
+        self,
+        tensors: Sequence[Sequence[torch.Tensor]],
+        titles: Sequence[str | None],
+        side: Side | None,
+    ) -> list[EncodedQuery]:
+        if not len(tensors):
+            return []
+        items = collate_items(
+            tensors,
+            titles,
+            tokenizer=self.encoder.tokenizer,
+            size=self.encoder.preprocess.size,
         )
+        # An index may hold the first numbers of nested embeddings alone.
+        return encode(self.encoder, items, side or self.side, width=self.index.width)
+
+    def _stacked(self, encoded: Sequence[EncodedQuery]) -> Float32[np.ndarray, "Q D"]:
+        vectors = [query.vector for query in encoded]
+        return np.stack(vectors) if vectors else np.zeros((0, self.index.width), np.float32)
+
+    def _encode_held(self, ids: Sequence[str]) -> list[EncodedQuery]:
+        """What the index holds, encoded anew from the shards; all of the ids must be there."""
+        assert self._catalog is not None
+        loader = item_loader(
+            self._catalog,
+            [self._picture_rows[id_] for id_ in ids],
+            preprocess=self.encoder.preprocess,
+            tokenizer=self.encoder.tokenizer,
+            num_frames=self.encoder.config.num_frames,
+            batch_size=_READ,
+            num_workers=0,
+        )
+        side: Side = "product" if self.index.key == "product_id" else "content"
+        width = self.index.width
+        return [
+            query for batch in loader for query in encode(self.encoder, batch, side, width=width)
+        ]
+
+    def _why_one(self, query: EncodedQuery, id_: str) -> Why:
+        return self.why(query, [id_])[0]
+
+    def _why_held(self, asked: str, id_: str) -> Why:
+        """The same for a query that was something in the index."""
+        if asked not in self._picture_rows:
+            raise UserError(
+                f"{asked}: its pictures and title are not in the shards that the index remembers; give them "
+                "as images and text"
+            )
+        return self._why_one(self._encode_held([asked])[0], id_)
 
     def _picture_of(self, id_: str) -> bytes | None:
         """The first picture, where shards have one: tars that others wrote may have words alone."""
@@ -494,12 +626,6 @@ def upsert_embeddings(
     return len(loaded.ids)
 
 
-def _one_of(title: str | None, text: str | None) -> str | None:
-    if title and text:
-        raise UserError("give title or text, not both: they are the same thing")
-    return title or text
-
-
 def _rows_by_id(reader: ShardReader) -> dict[str, int]:
     if reader.family == "products":
         return {ids[0]: row for row, ids in enumerate(reader.product_ids)}
@@ -544,25 +670,4 @@ def _find_encoder(index: Path, manifest: Manifest) -> Path:
     raise UserError(
         f"{index}: was built with encoder {record.fingerprint}, and {place} {now}; give the right one "
         f"with --encoder, or make both anew: `mmrec embed --encoder {place} ...`, `mmrec index build ...`"
-    )
-
-
-def _picture(jpeg: bytes, description: str) -> str:
-    data = base64.b64encode(jpeg).decode()
-    return (
-        f"<img alt='{html.escape(description, quote=True)}' src='data:image/jpeg;base64,{data}' "
-        f"style='height:{_THUMBNAIL}px;margin:2px;border-radius:4px'>"
-    )
-
-
-def _card(place: int, match: Match) -> str:
-    title = match.title or match.product_id
-    picture = _picture(match.image, title) if match.image else ""
-    attributes = ", ".join(
-        f"{name} {value}" for name, value in match.attributes.items() if value is not None
-    )
-    return (
-        f"<div style='width:128px'>{picture}<div><b>{place}</b> · {match.score:.3f}</div>"
-        f"<div>{html.escape(title)}</div>"
-        f"<div style='color:gray;font-size:smaller'>{html.escape(attributes[:120])}</div></div>"
     )

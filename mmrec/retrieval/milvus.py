@@ -254,6 +254,11 @@ class MilvusIndex:
         return self._facts.schema.names[0]
 
     @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the id and the attributes."""
+        return self._facts.schema
+
+    @property
     def width(self) -> int:
         """D, the width of its vectors and of queries."""
         return self._facts.manifest.details["width"]

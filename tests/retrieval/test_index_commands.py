@@ -104,14 +104,14 @@ def test_products_like_a_product(index: Path, capsys: pytest.CaptureFixture[str]
     ids = matcher.index.ids
     vectors = matcher.index.vectors(ids)
     order = np.argsort(-(vectors @ vectors[4]))
-    matches = matcher.match_like(ids[4], k=3)
+    matches = matcher.match(product_id=ids[4], k=3)
     assert [match.product_id for match in matches] == [ids[row] for row in order if row != 4][:3]
-    cli.search(index=index, like=ids[4], k=3)
+    cli.search(index=index, product_id=ids[4], k=3)
     assert matches[0].product_id in capsys.readouterr().out
     with pytest.raises(UserError, match="not in this index"):
-        matcher.match_like("nothing")
+        matcher.match(product_id="nothing")
     with pytest.raises(UserError, match="k is -1; expected"):
-        matcher.match_like(ids[4], k=-1)
+        matcher.match(product_id=ids[4], k=-1)
 
 
 def test_an_index_of_contents_is_asked_with_products(
@@ -287,7 +287,7 @@ def test_push_and_search_in_milvus(
     found = pq.read_table(tmp_path / "matches.parquet")["product_id"].to_pylist()
     assert found == [id_ for row in right.ids for id_ in row]
     matcher = Matcher.load(uri=in_milvus)
-    like = matcher.match_like(right.ids[0][0], k=2)
+    like = matcher.match(product_id=right.ids[0][0], k=2)
     assert len(like) == 2
     assert all(match.image for match in like)
     for wrong in (
