@@ -13,9 +13,13 @@ from mmrec.retrieval.metrics import (
     bootstrap_intervals,
     evaluation,
     format_table,
+    holm,
+    paired_bootstrap,
+    paired_bootstraps,
     per_query,
     rank_relevant,
     rank_relevant_scores,
+    recall_curve,
     summarise,
 )
 
@@ -161,6 +165,72 @@ def test_intervals_are_reproducible_and_do_not_depend_on_other_slices():
     assert low < values["MRR"][warm].mean() < high
     narrow = bootstrap_intervals(values, {"warm": warm}, seed=4, level=0.5)["warm"]["MRR"]
     assert low < narrow[0] < narrow[1] < high
+
+
+def test_paired_interval_matches_the_normal_approximation(monkeypatch):
+    monkeypatch.setattr(
+        metrics, "_BOOTSTRAP_BLOCK", 5000
+    )  # several blocks of resamples and of flips
+    generator = np.random.default_rng(5)
+    theirs = generator.random(400)
+    ours = theirs + generator.normal(0.02, 0.1, 400)
+    found = paired_bootstrap(ours, theirs, num_resamples=4000)
+    difference = ours - theirs
+    error = difference.std() / math.sqrt(400)
+    assert found.difference == pytest.approx(difference.mean())
+    assert found.low == pytest.approx(difference.mean() - 1.96 * error, abs=0.001)
+    assert found.high == pytest.approx(difference.mean() + 1.96 * error, abs=0.001)
+    assert found.p == pytest.approx(math.erfc(difference.mean() / error / math.sqrt(2)), abs=0.01)
+    assert found.queries == 400
+    # Unpaired, the spread of the queries (a third) would drown a fiftieth.
+    assert found.beyond_chance
+    assert not paired_bootstrap(ours, np.roll(theirs, 1)).beyond_chance
+
+
+def test_paired_bootstrap_is_reproducible_antisymmetric_and_knows_equals():
+    generator = np.random.default_rng(6)
+    ours, theirs = generator.random(60), generator.random(60)
+    found = paired_bootstrap(ours, theirs, seed=3)
+    assert found == paired_bootstrap(ours, theirs, seed=3)
+    turned = paired_bootstrap(theirs, ours, seed=3)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+    assert turned.p == found.p
+    same = paired_bootstrap(ours, ours)
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert not same.beyond_chance
+    both = paired_bootstraps({"a": ours, "b": theirs}, {"a": theirs, "b": theirs}, seed=3)
+    assert (both["a"].low, both["a"].high) == pytest.approx((found.low, found.high))
+    assert both["b"].p == 1
+
+
+def test_p_of_few_differing_queries_is_that_of_all_sign_flips():
+    ours, theirs = np.zeros(100), np.zeros(100)
+    ours[:5] = 1
+    # Of the 32 ways to flip five equal signs two reach the sum: all plus and all minus.
+    assert paired_bootstrap(ours, theirs).p == pytest.approx(2 / 32, abs=0.008)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(3, 4), (0, 0)])
+def test_paired_bootstrap_wants_the_same_queries(ours, theirs):
+    with pytest.raises(ValueError, match=f"{ours} queries of ours, {theirs} of theirs"):
+        paired_bootstrap(np.zeros(ours), np.zeros(theirs))
+
+
+def test_holm_adjusts_step_by_step():
+    # 4 x 0.01; then 3 x 0.02; then 2 x 0.025, which may not be less than the one before; then 0.9.
+    assert holm([0.9, 0.01, 0.025, 0.02]) == pytest.approx([0.9, 0.04, 0.06, 0.06])
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_recall_curve_is_recall_at_every_cutoff():
+    ranks = [np.array([1, 3]), np.array([7]), np.array([60, 61]), np.array([200])]
+    curve = recall_curve(ranks)
+    assert len(curve) == 100
+    assert curve[[0, 5, 6, 58, 59, 99]].tolist() == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    values = per_query(ranks)
+    for k in (1, 5, 10, 50):
+        assert curve[k - 1] == values[f"R@{k}"].mean()
 
 
 def small_evaluation() -> dict:
