@@ -12,6 +12,7 @@ from mmrec.errors import UserError
 from mmrec.retrieval import matcher as matcher_module
 from mmrec.retrieval.embed import embed_shards, read_embeddings
 from mmrec.retrieval.index import ProductIndex
+from mmrec.retrieval.matches import Why
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,10 @@ def test_a_query_vector_has_unit_length(matcher: Matcher) -> None:
     assert np.linalg.norm(matcher.embed([], "words")) == pytest.approx(1, abs=1e-5)
 
 
+def numbers(why: Why) -> list[float]:
+    return [why.score, why.video_alone or 0, why.title_alone or 0, *why.frame_losses]
+
+
 def clips(tables: Path, count: int) -> list[Path]:
     return sorted((tables / "media/contents").glob("*.mp4"))[:count]
 
@@ -84,7 +89,7 @@ def test_lists_give_what_single_queries_give(
         assert [match.product_id for match in own] == [match.product_id for match in alone]
         assert [m.score for m in own] == pytest.approx([m.score for m in alone], abs=1e-5)
         assert (own.title, own.frames) == (alone.title, alone.frames)
-        assert own.why(1).to_dict() == pytest.approx(alone.why(1).to_dict(), abs=1e-5)
+        assert numbers(own.why(1)) == pytest.approx(numbers(alone.why(1)), abs=1e-5)
     assert matcher.match(title=[]) == []
 
 
@@ -132,8 +137,6 @@ def test_products_like_products(matcher: Matcher) -> None:
         matcher.match(content_id="c1")
     with pytest.raises(UserError, match="give product_id, or a video"):
         matcher.match(product_id=ids[0], text="mug")
-    with pytest.raises(UserError, match="product_id: expected ids, as text, found 3"):
-        matcher.match(product_id=3)  # pyright: ignore[reportArgumentType]
 
 
 def test_why_is_the_loss_of_score_without_a_part(matcher: Matcher, tiny_tables: Path) -> None:
@@ -151,10 +154,12 @@ def test_why_is_the_loss_of_score_without_a_part(matcher: Matcher, tiny_tables: 
     assert why.score == pytest.approx(whole, abs=1e-5)
     assert why.video_alone == pytest.approx(score(frames, None), abs=1e-5)
     assert why.title_alone == pytest.approx(score([], "love this red mug"), abs=1e-5)
-    right = [whole - score(frames[:t] + frames[t + 1 :], "love this red mug") for t in range(4)]
+    right = [
+        whole - score(frames[:t] + frames[t + 1 :], "love this red mug") for t in range(len(frames))
+    ]
     assert why.frame_losses == pytest.approx(right, abs=1e-5)
     assert why.match == matches[2]
-    assert len(why.frames) == 4
+    assert len(why.frames) == len(frames)
     words = matcher.match(text="mug").why(0)
     assert (words.frame_losses, words.video_alone, words.title_share) == ((), None, 1.0)
 
@@ -163,13 +168,13 @@ def test_why_makes_vectors_anew_where_the_index_keeps_none(
     matcher: Matcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matches = matcher.match(text="a red mug", k=2)
-    kept = matches.why(1).to_dict()
+    kept = numbers(matches.why(1))
 
     def none_kept(index: ProductIndex, ids: list[str]) -> np.ndarray:
         raise UserError("an index of factory 'X' does not give its vectors back")
 
     monkeypatch.setattr(ProductIndex, "vectors", none_kept)
-    assert matches.why(1).to_dict() == pytest.approx(kept, abs=0.01)
+    assert numbers(matches.why(1)) == pytest.approx(kept, abs=0.01)
     monkeypatch.setattr(matcher, "_picture_rows", {})
     with pytest.raises(
         UserError, match="its shards are not where it remembers them; put them back"
