@@ -7,7 +7,7 @@ Shape letters: Q queries, N catalogue size, D embedding width.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from mmrec.data.shards import ShardReader, image_name
 from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 from mmrec.retrieval.embed import Split, embed_rows, open_split
-from mmrec.retrieval.match_gallery import THUMBNAIL, matches_html
+from mmrec.retrieval.match_gallery import THUMBNAIL, matches_html, query_html
 from mmrec.retrieval.matches import Match, Matches
 from mmrec.retrieval.metrics import (
     METRIC_NAMES,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas
 
 _BEYOND_CHANCE = 0.05
+_CELL = "padding:2px 10px;text-align:right"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,16 @@ class Disagreement:
         return f"{self.content_id}: {', '.join(self.right.values())}: {found}"
 
     def _repr_html_(self) -> str:
-        right = escape(", ".join(self.right.values()))
+        query = next(iter(self.matches.values()))
         parts = "".join(
-            f"<div style='margin-top:10px'><b>{escape(name)}</b>: right at place {self.ranks[name]}"
-            f"{matches_html(own, right=self.right)}</div>"
+            f"<div style='margin-top:12px'><b>{escape(name)}</b>: right at place {self.ranks[name]}"
+            f"{matches_html(replace(own, frames=[], title=None), right=self.right)}</div>"
             for name, own in self.matches.items()
         )
+        right = escape(", ".join(self.right.values()))
         return (
-            f"<div style='color:inherit'>{escape(self.content_id)}: right is {right}{parts}</div>"
+            f"<div style='color:inherit;margin-bottom:24px'>{query_html(query)}"
+            f"<div>{escape(self.content_id)}: right is {right}</div>{parts}</div>"
         )
 
 
@@ -154,19 +157,34 @@ class EncoderComparison:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        head = ("metric", self.names[0], "encoder", "value", "difference", "95% interval", "")
-        columns = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
-        rows = "".join(
-            f"<tr><th scope='row'>{escape(own.metric)}</th><td>{own.first:.3f}</td>"
-            f"<td>{escape(own.encoder)}</td><td>{own.value:.3f}</td>"
-            f"<td>{own.difference.difference:+.3f}</td>"
-            f"<td>{own.difference.low:+.3f} to {own.difference.high:+.3f}</td>"
-            f"<td>{'<b>beyond chance</b>' if own.beyond_chance else 'may be chance'}</td></tr>"
+        return "".join(self._table(name) for name in self.names[1:])
+
+    def _table(self, name: str) -> str:
+        """One encoder beside the first."""
+        head = ("metric", self.names[0], name, "difference", "95% interval", "")
+        rows = [
+            (
+                own.metric,
+                f"{own.first:.3f}",
+                f"{own.value:.3f}",
+                f"{own.difference.difference:+.3f}",
+                f"{own.difference.low:+.3f} to {own.difference.high:+.3f}",
+                "beyond chance" if own.beyond_chance else "may be chance",
+            )
             for own in self.metrics
+            if own.encoder == name
+        ]
+        cells = "".join(
+            f"<tr><th scope='row' style='{_CELL}'>{metric}</th>"
+            + "".join(f"<td style='{_CELL}'>{text}</td>" for text in texts)
+            + "</tr>"
+            for metric, *texts in rows
         )
+        columns = "".join(f"<th scope='col' style='{_CELL}'>{escape(text)}</th>" for text in head)
+        counts = f"{len(self.contents):,} queries, {len(self.catalog):,} products"
         return (
-            f"<table><caption>{len(self.contents):,} queries, {len(self.catalog):,} products"
-            f"</caption><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<table style='color:inherit;font-variant-numeric:tabular-nums'><caption>{counts}</caption>"
+            f"<thead><tr>{columns}</tr></thead><tbody>{cells}</tbody></table>"
         )
 
     def _disagreement(self, row: int, k: int, names: Sequence[str]) -> Disagreement:

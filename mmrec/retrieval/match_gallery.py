@@ -39,21 +39,23 @@ def picture(jpeg: bytes, description: str, *, style: str) -> str:
 
 def matches_html(matches: "Matches", *, right: Collection[str] = ()) -> str:
     """The query's frames and words, and a card for each match; `right` answers are marked as such."""
+    cards = "".join(
+        f"<li style='width:{_CARD}px'>{_card(place, match, match.product_id in right)}</li>"
+        for place, match in enumerate(matches, 1)
+    )
+    found = f"<ol style='{_LIST}'>{cards}</ol>" if cards else "<p>no matches</p>"
+    return f"<div style='color:inherit;line-height:1.35'>{query_html(matches)}{found}</div>"
+
+
+def query_html(matches: "Matches") -> str:
+    """The frames and words that were asked with."""
     shown = "".join(
         picture(frame, f"query picture {place} of {len(matches.frames)}", style="height:72px")
         for place, frame in enumerate(matches.frames[:_MOST_FRAMES], 1)
     )
     rest = len(matches.frames) - _MOST_FRAMES
     more = f"<span style='{_SOFT}'>and {rest} more</span>" if rest > 0 else ""
-    cards = "".join(
-        f"<li style='width:{_CARD}px'>{_card(place, match, match.product_id in right)}</li>"
-        for place, match in enumerate(matches, 1)
-    )
-    found = f"<ol style='{_LIST}'>{cards}</ol>" if cards else "<p>no matches</p>"
-    return (
-        f"<div style='color:inherit;line-height:1.35'><div style='{_ROW}'>{shown}{more}</div>"
-        f"{_quoted(matches.title)}{found}</div>"
-    )
+    return f"<div style='{_ROW}'>{shown}{more}</div>{_quoted(matches.title)}"
 
 
 def why_html(why: "Why") -> str:

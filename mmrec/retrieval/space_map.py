@@ -102,7 +102,7 @@ class SpaceMap:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ModalityGap:
     """How far two kinds of embeddings lie apart as wholes (Liang et al. 2022, "Mind the gap").
 
@@ -116,6 +116,10 @@ class ModalityGap:
     """Root mean square distance of a point to its own kind's mean: what `distance` is to be held against."""
     told_apart: float
     """The share of points that lie nearer to their own kind's mean; about 0.5 where there is no gap."""
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={value:.3f}" for name, value in vars(self).items())
+        return f"ModalityGap({figures})"
 
 
 def points_of(

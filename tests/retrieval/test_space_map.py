@@ -81,6 +81,7 @@ def test_the_gap_between_two_kinds() -> None:
     apart = modality_gap(one, other)
     assert apart.distance == pytest.approx(2**0.5)
     assert (apart.spread, apart.told_apart) == (0.0, 1.0)
+    assert repr(apart) == "ModalityGap(distance=1.414, spread=0.000, told_apart=1.000)"
     vectors = unit_vectors(4000, width=16)
     none = modality_gap(group("a", vectors[:2000]), group("b", vectors[2000:]))
     assert none.distance < 0.1
