@@ -115,7 +115,7 @@ def test_products_like_a_product(index: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_an_index_of_contents_is_asked_with_products(
-    index: Path, contents: Path, tiny_tables: Path
+    index: Path, contents: Path, tiny_tables: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = index.parent / "contents-index"
     built = build_index(contents, out)
@@ -131,6 +131,14 @@ def test_an_index_of_contents_is_asked_with_products(
     assert {match.product_id for match in matches} <= set(read_embeddings(contents).ids)
     assert all(match.image and match.image[:2] == b"\xff\xd8" for match in matches)
     assert "content_id" in matcher.index.products.column_names
+    asked, *_ = matcher.index.ids
+    like = matcher.match(content_id=asked, k=3)
+    assert asked not in like.to_arrow()["content_id"].to_pylist()
+    assert len(like.why(2).frame_losses) >= 2
+    cli.search(index=out, content_id=asked, k=3)
+    assert capsys.readouterr().out == f"{like!r}\n"
+    with pytest.raises(UserError, match="this index holds contents; give the content_id of one"):
+        cli.search(index=out, product_id=product["product_id"])
     with pytest.raises(
         UserError, match="holds products, and this index has the column 'content_id'"
     ):
