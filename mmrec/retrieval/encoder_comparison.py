@@ -9,7 +9,6 @@ Shape letters: Q queries, N catalogue size, D embedding width.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from jaxtyping import Float32, Int
 
 from mmrec.data.media import decode_jpeg, encode_jpeg, resize_shorter
 from mmrec.data.shards import ShardReader, image_name
+from mmrec.data.storage import Place, place
 from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
 from mmrec.retrieval.embed import Split, embed_rows, open_split
@@ -212,7 +212,7 @@ class EncoderComparison:
 
 def compare_encoders(
     encoders: Mapping[str, Encoder],
-    shards: Path | str,
+    shards: Place | str,
     *,
     split: Split = "test",
     seed: int = 0,
@@ -226,15 +226,17 @@ def compare_encoders(
     """
     if len(encoders) < 2:
         raise UserError(f"expected two encoders or more, found {len(encoders)}")
-    contents, catalog = open_split(Path(shards), split), open_split(Path(shards), "catalog")
+    contents, catalog = open_split(place(shards), split), open_split(place(shards), "catalog")
     if contents.family != "contents":
         raise UserError(f"split '{split}' holds products; expected train, val or test")
     rows = {ids[0]: row for row, ids in enumerate(catalog.product_ids)}
     relevant = [np.array([rows[id_] for id_ in ids]) for ids in contents.product_ids]
     queries, products, ranks = {}, {}, {}
     for name, encoder in encoders.items():
-        queries[name] = embed_rows(encoder, contents, batch_size=batch_size)
-        products[name] = embed_rows(encoder, catalog, batch_size=batch_size)
+        queries[name], products[name] = (
+            embed_rows(encoder, own, batch_size=batch_size, progress=f"{name}: {own.family}")
+            for own in (contents, catalog)
+        )
         ranks[name] = rank_relevant(queries[name], products[name], relevant)
     names = list(encoders)
     return EncoderComparison(

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Float32
 from mmrec.data.batches import ItemBatch, item_loader
 from mmrec.data.media import encode_jpeg, read_image, resize_shorter
 from mmrec.data.shards import ShardReader, frame_name, image_name
+from mmrec.data.storage import Place, place
 from mmrec.errors import MediaError, UserError
 from mmrec.model.encoder import VIEWS, Encoder, Side
 from mmrec.retrieval.embed import Split, open_split
@@ -124,7 +124,7 @@ class ModalityGap:
 
 def points_of(
     encoder: Encoder,
-    shards: Path | str,
+    shards: Place | str,
     split: Split,
     *,
     view: str | None = None,
@@ -138,7 +138,7 @@ def points_of(
     without it are left out. Raises `UserError` for a split that is not there and a view that is of the other
     side.
     """
-    reader = open_split(Path(shards), split)
+    reader = open_split(place(shards), split)
     side: Side = "content" if reader.family == "contents" else "product"
     view = view or VIEWS[side][0]
     if view not in VIEWS[side]:

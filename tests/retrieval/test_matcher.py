@@ -139,7 +139,9 @@ def test_products_like_products(matcher: Matcher) -> None:
         matcher.match(product_id=ids[0], text="mug")
 
 
-def test_why_is_the_loss_of_score_without_a_part(matcher: Matcher, tiny_tables: Path) -> None:
+def test_why_is_the_loss_of_score_without_a_part(
+    matcher: Matcher, tiny_tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (clip,) = clips(tiny_tables, 1)
     matches = matcher.match(video=clip, title="love this red mug", k=3)
     why = matches.why(2)
@@ -161,6 +163,8 @@ def test_why_is_the_loss_of_score_without_a_part(matcher: Matcher, tiny_tables: 
     assert why.match == matches[2]
     assert len(why.frames) == len(frames)
     words = matcher.match(text="mug").why(0)
+    monkeypatch.setattr(matcher.encoder, "tower_outputs", None)
+    assert matches.why(2) == why  # No tower ran again.
     assert (words.frame_losses, words.video_alone, words.title_share) == ((), None, 1.0)
 
 
