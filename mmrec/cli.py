@@ -1,4 +1,4 @@
-"""The `mmrec` command: shards, embed, index, search, evaluate, inspect.
+"""The `mmrec` command: shards, embed, index, search, evaluate, compare, inspect.
 
 Nothing heavy is imported until a command runs, so that `mmrec --help` answers at once.
 """
@@ -13,6 +13,7 @@ import tyro
 from mmrec.errors import UserError
 from mmrec.flags import refused_in_one_line
 from mmrec.launcher import stop_with_launcher
+from mmrec.retrieval.evaluation_config import EvaluationConfig
 
 Result = TypeVar("Result")
 Split = Literal["train", "val", "test"]
@@ -462,54 +463,49 @@ def search(
 
 
 @app.command
-def evaluate(
-    *,
-    encoder: Path,
-    shards: Path,
-    out: Path,
-    split: Split = "test",
-    untrained: bool = True,
-    baselines: bool = True,
-    num_cards: int = 12,
-    picture: Path | None = None,
-    other_shards: bool = False,
-    device: str = "auto",
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> None:
-    """Measure how well contents find their products; writes metrics.json and report.html.
+def evaluate(*, config: tyro.conf.OmitArgPrefixes[EvaluationConfig], json: bool = False) -> None:
+    """Measure how well contents find their products; writes metrics.json, queries.parquet and report.html.
 
     Args:
-        encoder: An encoder's folder.
-        shards: The shards it was trained on, for their val or test split.
-        out: The folder that gets metrics.json and report.html.
-        split: Which contents to ask with.
-        untrained: Measure the same encoder before training, too.
-        baselines: Measure popularity, title overlap and colour histogram, too.
-        num_cards: Queries shown in the report.
-        picture: Also draw a PNG of some matches.
-        other_shards: Accept shards that the encoder was not trained on.
-        device: auto, cpu or cuda.
-        batch_size: Items encoded at a time.
-        num_workers: Processes that read and decode; 0 does it in this one.
+        config: What is measured, and how.
+        json: Print metrics.json instead of the table.
     """
-    from mmrec.retrieval.evaluation import evaluate_to_folder
+    from mmrec.retrieval.evaluation import evaluate_to_folder, result_text, to_json
 
-    table = evaluate_to_folder(
-        encoder,
-        shards,
-        out,
-        split=split,
-        untrained=untrained,
-        baselines=baselines,
-        num_cards=num_cards,
-        picture=picture,
-        other_shards=other_shards,
-        device=device,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    print(table)
+    metrics = evaluate_to_folder(config)
+    print(to_json(metrics) if json else result_text(metrics, config.out))
+
+
+@app.command
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    out: Path | None = None,
+    json: bool = False,
+    seed: int = 0,
+) -> None:
+    """Set evaluations side by side: the first against each other one, and what is beyond chance.
+
+    All must be of the same split of the same shards. Differences have 95% intervals by the paired bootstrap
+    over queries, and are marked where they hold with a correction for how many there are.
+
+    Args:
+        runs: Two or more folders that `mmrec evaluate` wrote.
+        out: Also write a page: compare.html.
+        json: Print one JSON object instead of the table.
+        seed: Draws the resamples.
+    """
+    from json import dumps
+
+    from mmrec.retrieval.comparison import compare_folders, comparison_text
+
+    compared = compare_folders(runs, out=out, seed=seed)
+    if json:
+        print(dumps(compared, ensure_ascii=False))
+        return
+    print(comparison_text(compared))
+    if out is not None:
+        print(f"\nreport: {out}")
 
 
 @app.command

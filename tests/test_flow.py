@@ -18,6 +18,7 @@ from mmrec.errors import UserError
 from mmrec.manifest import lineage, read_manifest
 from mmrec.model.encoder import Encoder
 from mmrec.retrieval.embed import embed_shards, read_embeddings
+from mmrec.retrieval.evaluation_config import EvaluationConfig
 from mmrec.training.checkpoints import list_checkpoints
 from mmrec.training.run import read_metrics
 
@@ -94,13 +95,14 @@ def test_search_answers_to_a_video_pictures_words_and_a_mix(
 def test_evaluation_writes_metrics_in_their_one_shape(
     trained: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.evaluate(
+    config = EvaluationConfig(
         encoder=trained / "encoder",
         shards=tiny_shards,
         out=tmp_path,
         num_cards=3,
         picture=tmp_path / "matches.png",
     )
+    cli.evaluate(config=config)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["gallery"] == read_manifest(tiny_shards).details["catalog"]
     assert set(metrics["slices"]["all"]) == {
@@ -343,8 +345,9 @@ def test_shards_from_elsewhere_are_not_evaluated_by_accident(
     shutil.copytree(tiny_shards, other)
     raw = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(raw | {"fingerprint": "f" * 16}))
+    config = EvaluationConfig(encoder=trained / "encoder", shards=other, out=tmp_path / "out")
     with pytest.raises(UserError, match="--other-shards"):
-        cli.evaluate(encoder=trained / "encoder", shards=other, out=tmp_path / "out")
+        cli.evaluate(config=config)
 
 
 @pytest.mark.parametrize(

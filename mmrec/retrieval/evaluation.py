@@ -7,24 +7,25 @@ import json
 import os
 import platform
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 from tqdm import tqdm
 
 import mmrec
 from mmrec.data.media import decode_jpeg, encode_jpeg
-from mmrec.data.shards import ShardReader, image_name, open_shards
+from mmrec.data.shards import ShardReader, image_name
 from mmrec.errors import UserError
 from mmrec.manifest import FILE_NAME, check_no_file, read_manifest, write_whole
 from mmrec.model.encoder import Encoder
+from mmrec.retrieval.approximation import ask_index
 from mmrec.retrieval.base import narrowed
 from mmrec.retrieval.baselines import (
     color_histogram,
@@ -32,43 +33,68 @@ from mmrec.retrieval.baselines import (
     popularity_scores,
     title_overlap_scores,
 )
-from mmrec.retrieval.embed import Split, embed_rows, embed_views, open_split, pick_device
+from mmrec.retrieval.embed import embed_rows, embed_views, pick_device
+from mmrec.retrieval.evaluation_config import EvaluationConfig
+from mmrec.retrieval.gallery import Gallery, Slices, count_train_links, query_slices
+from mmrec.retrieval.index import ProductIndex
+from mmrec.retrieval.matcher import check_encoder, open_index
 from mmrec.retrieval.metrics import (
-    Summary,
+    MAIN_METRICS,
+    Intervals,
     bootstrap_intervals,
     evaluation,
     format_table,
+    paired_bootstraps,
     per_query,
     rank_relevant,
     rank_relevant_scores,
+    recall_curve,
     summarise,
 )
-from mmrec.retrieval.report import Curve, MatchedProduct, QueryCard, draw_picture, render_report
+from mmrec.retrieval.query_results import (
+    best_queries,
+    results_table,
+    spread_queries,
+    worst_queries,
+    write_results,
+)
+from mmrec.retrieval.report.evaluation_page import render_report
+from mmrec.retrieval.report.gallery import MatchedProduct, QueryCard
+from mmrec.retrieval.report.lines import Curve
+from mmrec.retrieval.report.picture import draw_picture
 from mmrec.training.run import read_metrics
 
-Slices = dict[str, Bool[np.ndarray, " Q"]]
+Ranks = list[np.ndarray]
+"""For each query the ascending ranks of its right products."""
+_TRAINED, _UNTRAINED = "trained", "untrained"
+_MODALITIES = {"video alone": "video", "title alone": "content_title"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """Queries of one split, the whole catalogue, and which products are right for which query."""
+class Evaluation:
+    """What was measured."""
 
-    contents: ShardReader
-    catalog: ShardReader
-    relevant: list[np.ndarray]
-    """For each content, the catalogue rows of its linked products."""
+    metrics: dict[str, Any]
+    """The contents of `metrics.json`."""
+    results: pa.Table
+    """What each query found, as in `queries.parquet`."""
+    gallery: Gallery
+    slices: Slices
 
-    @classmethod
-    def open(cls, shards: Path, split: Split) -> "Gallery":
-        """Open a split's contents and the catalogue of a folder of shards."""
-        contents = open_split(shards, split)
-        catalog = open_split(shards, "catalog")
-        rows = {ids[0]: row for row, ids in enumerate(catalog.product_ids)}
-        return cls(
-            contents=contents,
-            catalog=catalog,
-            relevant=[np.array([rows[p] for p in ids]) for ids in contents.product_ids],
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class _Embedded:
+    """One encoder's vectors of the queries, by view, and of the catalogue."""
+
+    queries: dict[str, Float32[np.ndarray, "Q D"]]
+    products: Float32[np.ndarray, "N D"]
+
+    def ranks(self, gallery: Gallery, view: str = "content", width: int | None = None) -> Ranks:
+        """Ranks by exact search, with one view of the queries and the leading components alone."""
+        queries, products = self.queries[view], self.products
+        if width is not None:
+            queries, products = narrowed(queries, width), narrowed(products, width)
+        return rank_relevant(queries, products, gallery.relevant)
 
 
 def measure(
@@ -89,145 +115,106 @@ def measure(
     return metrics
 
 
-def evaluate(
-    encoder: Encoder,
-    shards: Path,
-    *,
-    split: Split = "test",
-    untrained: bool = True,
-    baselines: bool = True,
-    num_cards: int = 12,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> tuple[dict[str, Any], list[QueryCard]]:
-    """Measure an encoder on a split: the contents of `metrics.json`, and cards for a gallery.
+def evaluate(encoder: Encoder, config: EvaluationConfig, *, seed: int = 0) -> Evaluation:
+    """Measure an encoder on a split; `config` names its shards, and `encoder` is loaded already.
 
-    `untrained` adds a baseline: the same encoder with the weights that a training with `seed` starts
-    from. Beside the usual keys, "widths" holds the same slices at each nested width, "modalities" those
-    with only the pictures or only the title of each content, and "timing" the seconds taken.
+    With `config.untrained` there is a further baseline: the same encoder with the weights that a training
+    with `seed` starts from. Beside the usual keys `metrics` has: "widths", the same slices at each nested
+    width; "modalities", with only the pictures or only the title of each content; "system_intervals",
+    intervals of the main metrics for all of these and the baselines; "recall_curves", R@K of every system
+    for K from 1 to 100; "index", where there is one, see `_ask`; and "timing", the seconds taken.
     """
     started = time.perf_counter()
-    gallery = Gallery.open(shards, split)
-    train_links = count_train_links(shards, gallery.catalog)
-    slices = query_slices(gallery, train_links)
-    systems = {"trained": encoder}
-    if untrained:
-        systems["untrained"] = _untrained(encoder, seed)
-    queries, products = {}, {}
-    for name, system in systems.items():
-        sizes = {"batch_size": batch_size, "num_workers": num_workers}
-        queries[name] = embed_views(system, gallery.contents, progress=f"{name}: contents", **sizes)
-        products[name] = embed_rows(system, gallery.catalog, progress=f"{name}: products", **sizes)
-    embedded = time.perf_counter()
-
-    def ranked(
-        system: str, view: str = "content", width: int = encoder.width
-    ) -> dict[str, np.ndarray]:
-        rows, columns = narrowed(queries[system][view], width), narrowed(products[system], width)
-        return per_query(rank_relevant(rows, columns, gallery.relevant))
-
-    values = ranked("trained")
-    summaries: dict[str, Summary] = {}
-    if untrained:
-        summaries["untrained"] = summarise(ranked("untrained"), slices)
-    if baselines:
-        summaries |= _baselines(gallery, train_links, slices)
-    metrics = evaluation(
-        gallery=len(gallery.catalog),
-        queries=len(gallery.contents),
-        slices=summarise(values, slices),
-        intervals=bootstrap_intervals(values, slices),
-        baselines=summaries,
+    gallery = Gallery.open(config.shards, config.split)
+    train_links = count_train_links(config.shards, gallery.catalog)
+    slices = query_slices(
+        gallery, train_links, columns=config.slice_by, max_values=config.max_values
     )
-    if len(encoder.widths) > 1:
-        metrics["widths"] = {
-            str(width): summarise(ranked("trained", width=width), slices)
-            for width in encoder.widths
-        }
-    if queries["trained"]["content_title"].any():  # Rows without a title are zero.
-        metrics["modalities"] = {
-            "video alone": summarise(ranked("trained", "video"), slices),
-            "title alone": summarise(ranked("trained", "content_title"), slices),
-        }
+    trained = _embed(encoder, gallery, _TRAINED, config)
+    untrained = None
+    if config.untrained:
+        untrained = _embed(_untrained(encoder, seed), gallery, _UNTRAINED, config)
+    embedded = time.perf_counter()
+    ranks = trained.ranks(gallery)
+    widths = {
+        str(width): trained.ranks(gallery, width=width)
+        for width in (encoder.widths if len(encoder.widths) > 1 else ())
+    }
+    modalities = {}
+    if trained.queries["content_title"].any():  # Rows without a title are zero.
+        modalities = {name: trained.ranks(gallery, view) for name, view in _MODALITIES.items()}
+    baselines = {} if untrained is None else {_UNTRAINED: untrained.ranks(gallery)}
+    if config.baselines:
+        baselines |= _baselines(gallery, train_links, config)
+    metrics = _metrics(gallery, slices, ranks, widths, modalities, baselines)
+    if config.index is not None:
+        metrics["index"] = _ask(config.index, encoder, gallery, trained, ranks, slices)
     metrics["timing"] = {
         "embed_s": round(embedded - started, 2),
         "total_s": round(time.perf_counter() - started, 2),
     }
-    cards = make_cards(
-        gallery, queries["trained"]["content"], products["trained"], slices, num_cards
+    queries = trained.queries["content"]
+    return Evaluation(
+        metrics=metrics,
+        results=results_table(gallery, slices, ranks, queries, trained.products),
+        gallery=gallery,
+        slices=slices,
     )
-    return metrics, cards
 
 
-def evaluate_to_folder(
-    encoder_folder: Path,
-    shards: Path,
-    out: Path,
-    *,
-    split: Split = "test",
-    untrained: bool = True,
-    baselines: bool = True,
-    num_cards: int = 12,
-    picture: Path | None = None,
-    other_shards: bool = False,
-    device: str = "auto",
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> str:
-    """Evaluate a saved encoder, write `metrics.json` and `report.html`, and return the result table.
+def evaluate_to_folder(config: EvaluationConfig) -> dict[str, Any]:
+    """Evaluate a saved encoder, write metrics.json, queries.parquet and report.html, and return the metrics.
 
     The report shows the curves of the run that the encoder lies in. Raises `UserError` when the encoder
-    was trained on other shards, unless `other_shards` allows it.
+    was trained on other shards, unless `config.other_shards` allows it, and when `config.index` was not
+    built with it.
     """
-    if num_cards < 1 or batch_size < 1 or num_workers < 0:
-        raise UserError(
-            "expected --num-cards and --batch-size of at least 1, --num-workers of 0 or more"
-        )
-    check_no_file(out)
-    if not other_shards:
-        check_same_shards(encoder_folder, shards)
-    run = encoder_folder.parent
-    encoder = Encoder.load(encoder_folder, device=pick_device(device))
-    metrics, cards = evaluate(
-        encoder,
-        shards,
-        split=split,
-        untrained=untrained,
-        baselines=baselines,
-        num_cards=num_cards,
-        seed=_seed_of(run),
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
+    check_no_file(config.out)
+    if not config.other_shards:
+        check_same_shards(config.encoder, config.shards)
+    run = config.encoder.parent
+    encoder = Encoder.load(config.encoder, device=pick_device(config.device))
+    found = evaluate(encoder, config, seed=_seed_of(run))
+    metrics = found.metrics
     metrics["encoder"] = encoder.fingerprint
-    metrics["shards"] = read_manifest(shards, "shards").fingerprint
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    table = format_table(metrics)
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, encoder on {encoder.device}",
-        "encoder": f"{encoder.config.towers}, {encoder.width} wide, {encoder.fingerprint}",
-        "shards": str(metrics["shards"]),
-        "split": split,
-        "evaluation": f"{metrics['timing']['total_s']} s",
-        "mmrec": mmrec.__version__,
-    }
-    if (run / FILE_NAME).is_file():
-        facts["training"] = f"{read_manifest(run).details.get('minutes')} minutes"
+    metrics["shards"] = read_manifest(config.shards, "shards").fingerprint
+    metrics["split"] = config.split
+    galleries = _galleries(found, config.num_cards)
     page = render_report(
-        title=f"{out.name}: matching content to products",
-        facts=facts,
+        title=f"{config.out.name}: matching content to products",
+        facts=_facts(metrics, encoder, run),
         metrics=metrics,
         curves=read_curves(run),
-        cards=cards,
+        galleries=galleries,
     )
-    write_whole(out / "report.html", page)
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_picture(cards[:: max(1, len(cards) // 6)][:6], picture)
-    return table + "\n\n" + f"report: {out / 'report.html'}"
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_results(config.out, found.results)
+    write_whole(config.out / "metrics.json", to_json(metrics) + "\n")
+    write_whole(config.out / "report.html", page)
+    if config.picture is not None:
+        config.picture.parent.mkdir(parents=True, exist_ok=True)
+        cards = next(iter(galleries.values()))
+        draw_picture(cards[:: max(1, len(cards) // 6)][:6], config.picture)
+    return metrics
+
+
+def to_json(metrics: Mapping[str, Any]) -> str:
+    """The text of `metrics.json`."""
+    return json.dumps(metrics, indent=2, allow_nan=False)
+
+
+def result_text(metrics: Mapping[str, Any], out: Path) -> str:
+    """What `mmrec evaluate` prints: the table, what an index loses, and where the report is."""
+    parts = [format_table(metrics)]
+    if "index" in metrics:
+        index = metrics["index"]
+        recall = ", ".join(f"{share:.4f} of the first {k}" for k, share in index["recall"].items())
+        latency = index["latency_ms"]
+        parts.append(
+            f"index {index['factory']}: finds {recall} by exact search; a query takes "
+            f"{latency['index']['median']:.2f} ms, exact {latency['exact']['median']:.2f} ms"
+        )
+    return "\n\n".join([*parts, f"report: {out / 'report.html'}"])
 
 
 def read_curves(run: Path) -> list[Curve]:
@@ -242,72 +229,33 @@ def read_curves(run: Path) -> list[Curve]:
     return [Curve(name=name, steps=s, values=v) for name, (s, v) in points.items()]
 
 
-def count_train_links(shards: Path, catalog: ShardReader) -> np.ndarray:
-    """How many training contents each catalogue product is linked from, (N,)."""
-    counts = Counter(p for ids in open_shards(shards, "contents", "train").product_ids for p in ids)
-    return np.array([counts[ids[0]] for ids in catalog.product_ids], np.float64)
-
-
-def query_slices(gallery: Gallery, train_links: np.ndarray) -> Slices:
-    """Masks over the queries by what is known of their products and what is missing from themselves.
-
-    warm: at least one right product has training links; cold: none has. popular and rare: above and at
-    or below the median link count of the warm queries. category: where products carry that attribute.
-    """
-    links = np.array([train_links[rows].max() for rows in gallery.relevant])
-    warm = links > 0
-    middle = np.median(links[warm]) if warm.any() else 0.0
-    metas = [gallery.contents.meta(row) for row in range(len(gallery.contents))]
-    titled = np.array([bool(meta["title"]) for meta in metas])
-    slices: Slices = {"all": np.ones(len(links), bool), "warm": warm, "cold": ~warm}
-    if warm.any() and (warm & (links > middle)).any():
-        slices |= {"popular": warm & (links > middle), "rare": warm & (links <= middle)}
-    if titled.any() and not titled.all():
-        slices |= {"with title": titled, "no title": ~titled}
-    first = np.array([rows[0] for rows in gallery.relevant])
-    category = [
-        gallery.catalog.meta(row)["attributes"].get("category")
-        for row in range(len(gallery.catalog))
-    ]
-    for name in sorted({str(c) for c in category if c is not None}):
-        slices[f"category: {name}"] = np.array([str(category[row]) == name for row in first])
-    return {name: mask for name, mask in slices.items() if mask.any()}
-
-
 def make_cards(
-    gallery: Gallery,
-    queries: Float32[np.ndarray, "Q D"],
-    products: Float32[np.ndarray, "N D"],
-    slices: Slices,
-    count: int,
-    *,
-    num_matches: int = 5,
+    gallery: Gallery, results: pa.Table, slices: Slices, chosen: Sequence[int], num_matches: int = 5
 ) -> list[QueryCard]:
-    """A gallery of `count` queries spread over the split, not chosen by how well they went."""
-    chosen = np.unique(
-        np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(int)
-    ).tolist()
+    """What the chosen queries look like and found."""
+    rows = {product_id: row for row, product_id in enumerate(gallery.product_ids)}
     cards = []
     for query in chosen:
-        scores = products @ queries[query]
-        best = np.argsort(-scores, kind="stable")[:num_matches]
-        right = set(gallery.relevant[query].tolist())
+        found = results.slice(query, 1).to_pylist()[0]
         names = gallery.contents.names(query)
         frames = gallery.contents.read(query, [n for n in names if n.startswith("f")])
-        meta = gallery.contents.meta(query)
+        pairs = list(zip(found["top_ids"], found["top_scores"], strict=True))[:num_matches]
         cards.append(
             QueryCard(
-                content_id=meta["content_id"],
-                title=meta["title"],
+                content_id=found["content_id"],
+                title=found["title"],
                 frames=list(frames.values()),
                 slice="cold" if "cold" in slices and slices["cold"][query] else "warm",
                 right_titles=[
-                    product["title"] or product["product_id"] for product in meta["products"]
+                    gallery.product_metas[rows[product_id]]["title"] or product_id
+                    for product_id in found["product_ids"]
                 ],
                 matches=[
-                    _matched(gallery.catalog, int(row), float(scores[row]), int(row) in right)
-                    for row in best
+                    _matched(gallery, rows[product_id], score, product_id in found["product_ids"])
+                    for product_id, score in pairs
                 ],
+                rank=found["rank"],
+                margin=found["margin"],
             )
         )
     return cards
@@ -322,6 +270,142 @@ def check_same_shards(encoder: Path, shards: Path) -> None:
             f"{encoder}: was trained on shards {parent.fingerprint}, and {shards} is {found}, whose test "
             f"split may hold contents that it has seen; --other-shards evaluates all the same"
         )
+
+
+def _embed(encoder: Encoder, gallery: Gallery, name: str, config: EvaluationConfig) -> _Embedded:
+    def bar(what: str) -> str | None:
+        return None if config.quiet else f"{name}: {what}"
+
+    sizes = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+    return _Embedded(
+        queries=embed_views(encoder, gallery.contents, progress=bar("contents"), **sizes),
+        products=embed_rows(encoder, gallery.catalog, progress=bar("products"), **sizes),
+    )
+
+
+def _metrics(
+    gallery: Gallery,
+    slices: Slices,
+    ranks: Ranks,
+    widths: Mapping[str, Ranks],
+    modalities: Mapping[str, Ranks],
+    baselines: Mapping[str, Ranks],
+) -> dict[str, Any]:
+    """What `metrics.json` says of all systems."""
+
+    def summaries(group: Mapping[str, Ranks]) -> dict[str, Any]:
+        return {name: summarise(per_query(own), slices) for name, own in group.items()}
+
+    values = per_query(ranks)
+    metrics = evaluation(
+        gallery=len(gallery.catalog),
+        queries=len(gallery.contents),
+        slices=summarise(values, slices),
+        intervals=bootstrap_intervals(values, slices),
+        baselines=summaries(baselines),
+    )
+    if widths:
+        metrics["widths"] = summaries(widths)
+    if modalities:
+        metrics["modalities"] = summaries(modalities)
+    widest = max(map(int, widths), default=0)  # That is the trained encoder itself.
+    narrower = {f"{width} wide": own for width, own in widths.items() if int(width) < widest}
+    others = {**narrower, **modalities, **baselines}
+    metrics["system_intervals"] = _intervals_of(others, slices)
+    longest = min(100, len(gallery.catalog))
+    metrics["recall_curves"] = {
+        name: [round(float(share), 6) for share in recall_curve(own, longest)]
+        for name, own in {_TRAINED: ranks, **others}.items()
+    }
+    return metrics
+
+
+def _intervals_of(systems: Mapping[str, Ranks], slices: Slices) -> dict[str, Intervals]:
+    """Intervals of the main metrics of several systems, by the same draws of queries for all."""
+    columns = {
+        (system, metric): values[metric]
+        for system, values in ((name, per_query(own)) for name, own in systems.items())
+        for metric in MAIN_METRICS
+    }
+    if not columns:
+        return {}
+    drawn = bootstrap_intervals({f"{s}\0{m}": v for (s, m), v in columns.items()}, slices)
+    return {
+        system: {
+            name: {metric: own[f"{system}\0{metric}"] for metric in MAIN_METRICS}
+            for name, own in drawn.items()
+        }
+        for system in systems
+    }
+
+
+def _ask(
+    folder: Path,
+    encoder: Encoder,
+    gallery: Gallery,
+    trained: _Embedded,
+    ranks: Ranks,
+    slices: Slices,
+) -> dict[str, Any]:
+    """What `ask_index` measures of an index, its slices, and how far these differ from exact search's."""
+    index = open_index(folder, device="cpu" if encoder.device.type == "cpu" else "auto")
+    assert isinstance(index, ProductIndex)
+    with index:
+        check_encoder(index, encoder.fingerprint)
+        facts, found = ask_index(
+            index,
+            trained.queries["content"],
+            trained.products,
+            gallery.product_ids,
+            gallery.relevant,
+        )
+        factory = index.status().factory
+        fingerprint = index.manifest.fingerprint if index.manifest else None
+    ours, theirs = per_query(found), per_query(ranks)
+    differences = paired_bootstraps(ours, theirs)
+    return {
+        "fingerprint": fingerprint,
+        "factory": factory,
+        **facts,
+        "slices": summarise(ours, slices),
+        "intervals": bootstrap_intervals(ours, {"all": slices["all"]}),
+        "differences": {
+            metric: {"difference": own.difference, "low": own.low, "high": own.high}
+            for metric, own in differences.items()
+        },
+    }
+
+
+def _galleries(found: Evaluation, num_cards: int) -> dict[str, list[QueryCard]]:
+    """Three galleries: of queries from all over the split, of the best and of the worst."""
+    half = -(-num_cards // 2)
+    chosen = {
+        "all over": spread_queries(len(found.results), num_cards),
+        "best": best_queries(found.results, half),
+        "worst": worst_queries(found.results, half),
+    }
+    return {
+        name: make_cards(found.gallery, found.results, found.slices, rows)
+        for name, rows in chosen.items()
+    }
+
+
+def _facts(metrics: Mapping[str, Any], encoder: Encoder, run: Path) -> dict[str, str]:
+    """How the report came about."""
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, encoder on {encoder.device}",
+        "encoder": f"{encoder.config.towers}, {encoder.width} wide, {encoder.fingerprint}",
+        "shards": str(metrics["shards"]),
+        "split": str(metrics["split"]),
+        "evaluation": f"{metrics['timing']['total_s']} s",
+        "mmrec": mmrec.__version__,
+    }
+    if "index" in metrics:
+        facts["index"] = f"{metrics['index']['factory']}, {metrics['index']['fingerprint']}"
+    if (run / FILE_NAME).is_file():
+        facts["training"] = f"{read_manifest(run).details.get('minutes')} minutes"
+    return facts
 
 
 def _untrained(encoder: Encoder, seed: int) -> Encoder:
@@ -353,9 +437,9 @@ def blank_picture() -> bytes:
     return encode_jpeg(np.full((32, 32, 3), 235, np.uint8), 80)
 
 
-def _matched(catalog: ShardReader, row: int, score: float, right: bool) -> MatchedProduct:
-    meta = catalog.meta(row)
-    name = image_name(0)
+def _matched(gallery: Gallery, row: int, score: float, right: bool) -> MatchedProduct:
+    meta = gallery.product_metas[row]
+    name, catalog = image_name(0), gallery.catalog
     return MatchedProduct(
         product_id=meta["product_id"],
         title=meta["title"],
@@ -366,26 +450,29 @@ def _matched(catalog: ShardReader, row: int, score: float, right: bool) -> Match
     )
 
 
-def _baselines(gallery: Gallery, train_links: np.ndarray, slices: Slices) -> dict[str, Summary]:
+def _baselines(
+    gallery: Gallery, train_links: np.ndarray, config: EvaluationConfig
+) -> dict[str, Ranks]:
     """Popularity, title overlap (BM25) and colour histogram."""
-    contents, catalog = gallery.contents, gallery.catalog
     titles = [
-        [reader.meta(row)["title"] for row in range(len(reader))] for reader in (contents, catalog)
+        [meta["title"] for meta in metas]
+        for metas in (gallery.content_metas, gallery.product_metas)
+    ]
+    histograms = [
+        _histograms(reader, config.quiet) for reader in (gallery.contents, gallery.catalog)
     ]
     scores = {
-        "popularity": popularity_scores(train_links, len(contents)),
+        "popularity": popularity_scores(train_links, len(gallery.contents)),
         "title overlap": title_overlap_scores(*titles),
-        "color histogram": histogram_intersection(_histograms(contents), _histograms(catalog)),
+        "color histogram": histogram_intersection(*histograms),
     }
-    return {
-        name: summarise(per_query(rank_relevant_scores(matrix, gallery.relevant)), slices)
-        for name, matrix in scores.items()
-    }
+    return {name: rank_relevant_scores(matrix, gallery.relevant) for name, matrix in scores.items()}
 
 
-def _histograms(reader: ShardReader) -> Float32[np.ndarray, "Q 512"]:
+def _histograms(reader: ShardReader, quiet: bool) -> Float32[np.ndarray, "Q 512"]:
     rows = []
-    for row in tqdm(range(len(reader)), desc="color histogram", unit=reader.family, leave=False):
+    bar = {"desc": "color histogram", "unit": reader.family, "leave": False, "disable": quiet}
+    for row in tqdm(range(len(reader)), **bar):
         wanted: Sequence[str] = [n for n in reader.names(row) if n[0] in "fi"]
         pictures = [
             decode_jpeg(data).permute(1, 2, 0).numpy() for data in reader.read(row, wanted).values()

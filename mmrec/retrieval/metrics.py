@@ -24,6 +24,12 @@ from mmrec.errors import UserError
 RECALL_CUTOFFS = (1, 5, 10, 50)
 NDCG_CUTOFF = 10
 METRIC_NAMES = (*(f"R@{k}" for k in RECALL_CUTOFFS), "MRR", f"nDCG@{NDCG_CUTOFF}")
+MAIN_METRICS = ("R@1", "R@5", "MRR")
+"""Those that are told first."""
+
+LEVEL = 0.05
+BEYOND, UNSURE, WITHIN = "beyond chance", "unsure", "within chance"
+"""The interval leaves out 0, and p by Holm is below `LEVEL`; the former only; neither."""
 
 # Catalogue rows scored at once: with 1,024 queries a block of float64 scores is 128 MB.
 _GALLERY_BLOCK = 16_384
@@ -296,36 +302,35 @@ def paired_bootstraps(
     table = np.stack([column - theirs[metric] for metric, column in ours.items()], axis=1)  # (Q, M)
     means = _resampled_means(table, num_resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    ps = _sign_flip_ps(table, seed)
     return {
         metric: PairedDifference(
             difference=float(table[:, column].mean()),
             low=float(low[column]),
             high=float(high[column]),
-            p=_sign_flip_p(table[:, column], seed),
+            p=float(ps[column]),
             queries=len(table),
         )
         for column, metric in enumerate(ours)
     }
 
 
-def _sign_flip_p(differences: Float[np.ndarray, " Q"], seed: int) -> float:
-    """Two-sided p of the mean difference: if neither system were better, each sign would be a coin's.
+def _sign_flip_ps(table: Float[np.ndarray, "Q M"], seed: int) -> Float[np.ndarray, " M"]:
+    """Two-sided p of each mean difference: if neither system were better, each sign would be a coin's.
 
     The randomisation test that Smucker, Allan and Carterette (2007) recommend for search results. It is
     what `holm` is given, since with few queries that differ the percentile bootstrap is too sure.
     """
-    differing = np.abs(differences[differences != 0]).astype(np.float64)
-    reached = abs(float(differences.sum()))
-    if not len(differing):
-        return 1.0
+    differing = np.abs(table[(table != 0).any(axis=1)]).astype(np.float64)
+    # Sums of the same numbers in another order differ by rounding; those reach it, too.
+    bar = np.abs(table.sum(axis=0, dtype=np.float64)) * (1 - 1e-9)
     generator = np.random.default_rng(seed)
-    num_reaching = 0
-    step = max(1, _BOOTSTRAP_BLOCK // len(differing))
+    num_reaching = np.zeros(table.shape[1])
+    step = max(1, _BOOTSTRAP_BLOCK // max(1, len(differing)))
     for start in range(0, _NUM_FLIPS, step):
         size = (min(step, _NUM_FLIPS - start), len(differing))
         signs = generator.integers(0, 2, size, dtype=np.int8) * np.int8(2) - np.int8(1)
-        # Sums of the same numbers in another order differ by rounding; those reach it, too.
-        num_reaching += int((np.abs(signs @ differing) >= reached * (1 - 1e-9)).sum())
+        num_reaching += (np.abs(signs.astype(np.float64) @ differing) >= bar).sum(axis=0)
     return (num_reaching + 1) / (_NUM_FLIPS + 1)
 
 
@@ -337,6 +342,13 @@ def holm(ps: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(ps) - place) * ps[number]))
         adjusted[number] = largest
     return adjusted
+
+
+def verdict(difference: PairedDifference, p_holm: float) -> str:
+    """What is said of one difference of many, whose p is adjusted for all of them."""
+    if not difference.beyond_chance:
+        return WITHIN
+    return BEYOND if p_holm < LEVEL else UNSURE
 
 
 def recall_curve(

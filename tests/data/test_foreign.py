@@ -24,6 +24,7 @@ from mmrec.data.shards import open_shards
 from mmrec.data.verification import verify_shards
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, read_manifest, write_manifest
+from mmrec.retrieval.evaluation_config import EvaluationConfig
 
 COLORS = ("red", "green", "blue", "black", "white", "orange")
 Members = Mapping[str, bytes]
@@ -484,9 +485,10 @@ def test_training_embedding_and_evaluation_run_on_foreign_tars(
     assert "8 contents of split train in 1 tars\n  catalog: 5 products" in capsys.readouterr().out
     index_tars([f"{shop}/00001.tar"], out, split="test", mapping=SHOP)
     train(out, run_folder, 4)
-    cli.evaluate(
+    config = EvaluationConfig(
         encoder=run_folder / "encoder", shards=out, out=tmp_path / "report", untrained=False
     )
+    cli.evaluate(config=config)
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert (metrics["gallery"], metrics["queries"]) == (5, 8)
 

@@ -3,47 +3,25 @@
 import base64
 import io
 import re
-from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from pages import EVIL, Page
 from PIL import Image
 
-from mmrec.retrieval import report
-from mmrec.retrieval.metrics import bootstrap_intervals, evaluation, per_query, summarise
-from mmrec.retrieval.report import Curve, MatchedProduct, QueryCard, draw_picture, render_report
-
-EVIL = '<script>alert("x")</script>'
-VOID = {"meta", "img", "link", "br", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Every tag with its attributes, the text, and whether tags are closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
+from mmrec.retrieval.metrics import (
+    bootstrap_intervals,
+    evaluation,
+    per_query,
+    recall_curve,
+    summarise,
+)
+from mmrec.retrieval.report import lines, picture
+from mmrec.retrieval.report.evaluation_page import render_report
+from mmrec.retrieval.report.gallery import MatchedProduct, QueryCard
+from mmrec.retrieval.report.lines import Curve
+from mmrec.retrieval.report.picture import draw_picture
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
@@ -80,6 +58,8 @@ def card(
         slice="cold",
         right_titles=[EVIL, "Blue mug"],
         matches=matches,
+        rank=None if right is None else right + 1,
+        margin=0.125,
     )
 
 
@@ -88,15 +68,38 @@ def small_metrics() -> dict:
     ranks = [np.array([rank]) for rank in generator.integers(1, 30, 60)]
     worse = [query + 20 for query in ranks]
     warm = np.arange(60) < 40
-    slices = {"all": np.ones(60, bool), "warm": warm, "cold": ~warm, f"category {EVIL}": warm}
-    values = per_query(ranks)
-    return evaluation(
+    slices = {"all": np.ones(60, bool), "warm": warm, "cold": ~warm, f"category: {EVIL}": warm}
+    values, others = per_query(ranks), per_query(worse)
+    metrics = evaluation(
         gallery=12345,
         queries=60,
         slices=summarise(values, slices),
         intervals=bootstrap_intervals(values, slices, num_resamples=50),
-        baselines={"title_overlap": summarise(per_query(worse), slices)},
+        baselines={"title_overlap": summarise(others, slices)},
     )
+    drawn = bootstrap_intervals({"R@1": others["R@1"]}, slices, num_resamples=50)
+    metrics["system_intervals"] = {"title_overlap": drawn}
+    metrics["recall_curves"] = {
+        "trained": recall_curve(ranks).tolist(),
+        "title_overlap": recall_curve(worse).tolist(),
+    }
+    return metrics
+
+
+def asked_index() -> dict:
+    times = {"median": 0.25, "p95": 0.5, "p99": 1.0}
+    means = small_metrics()["slices"]["all"]
+    return {
+        "factory": f"IVF8,{EVIL}",
+        "products": 12340,
+        "missing": 5,
+        "depth": 100,
+        "recall": {"1": 0.875, "10": 0.9375},
+        "slices": {"all": means},
+        "differences": {name: {"difference": -0.01, "low": -0.02, "high": 0.0} for name in means},
+        "latency_ms": {"index": times, "exact": times},
+        "queries_per_s": {"index": 4321.0, "exact": 1234.0},
+    }
 
 
 def small_page(**changes) -> str:
@@ -105,7 +108,7 @@ def small_page(**changes) -> str:
         "facts": {"machine": EVIL, "commands": "python a.py\npython b.py"},
         "metrics": small_metrics(),
         "curves": [Curve(name=f"Loss {EVIL}", steps=[0, 10, 20], values=[3.0, 2.0, 1.5])],
-        "cards": [card(right=1), card(right=None, title=None)],
+        "galleries": {"all over": [card(right=1)], "worst": [card(right=None, title=None)]},
     }
     return render_report(**{**parts, **changes})
 
@@ -116,7 +119,7 @@ def test_text_from_outside_is_escaped_and_tags_are_balanced():
     assert page.open == []
     assert not page.attributes("script")
     assert not page.attributes("b") or "A <b>haul</b>" in page.text
-    for text in (f"Report {EVIL}", f"{EVIL} shoe 0", f"brand {EVIL}", f"category {EVIL}"):
+    for text in (f"Report {EVIL}", f"{EVIL} shoe 0", f"brand {EVIL}", EVIL):
         assert text in page.text
 
 
@@ -128,10 +131,12 @@ def test_page_asks_nothing_of_another_host():
     assert "@import" not in html
     page = Page(html)
     sources = [image["src"] or "" for image in page.attributes("img")]
-    assert len(sources) == 2 * (6 + 5)
+    assert len(sources) == 2 * (4 + 5)
     prefix = "data:image/jpeg;base64,"
     assert all(source.startswith(prefix) for source in sources)
+    # Small pictures stay as they are, and of six frames four are shown.
     assert base64.b64decode(sources[0].removeprefix(prefix)) == card(right=1).frames[0]
+    assert base64.b64decode(sources[3].removeprefix(prefix)) == card(right=1).frames[5]
     assert all((link["href"] or "").startswith("#") for link in page.attributes("a"))
     assert any(
         "default-src 'none'" in (meta.get("content") or "") for meta in page.attributes("meta")
@@ -141,16 +146,95 @@ def test_page_asks_nothing_of_another_host():
 def test_links_lead_to_sections_and_images_have_words():
     page = Page(small_page())
     anchors = {section["id"] for section in page.attributes("section")}
+    anchors |= {heading["id"] for heading in page.attributes("h3") if "id" in heading}
+    anchors |= {main["id"] for main in page.attributes("main")}
     assert {(link["href"] or "")[1:] for link in page.attributes("a")} == anchors
     assert all(image["alt"] for image in page.attributes("img"))
-    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.attributes("svg"))
+    for svg in page.attributes("svg"):
+        assert (svg.get("role") == "img" and svg["aria-label"]) or svg["aria-hidden"] == "true"
+
+
+def test_tables_and_landmarks_are_named_for_a_screen_reader():
+    html = small_page(metrics=small_metrics() | {"index": asked_index()})
+    page = Page(html)
+    assert len(page.attributes("main")) == len(page.attributes("header")) == 1
+    assert len(page.attributes("caption")) == len(page.attributes("table")) == 6
+    assert all(header["scope"] for header in page.attributes("th"))
+    ids = {own["id"] for _, own in page.tags if own.get("id")}
+    for tag in ("section", "nav", "div"):
+        for own in page.attributes(tag):
+            if tag != "div" or "role" in own:
+                assert own.get("aria-label") or own.get("aria-labelledby") in ids
+    # What scrolls is reached by keyboard.
+    scrolled = [own for own in page.attributes("div") if own.get("class") == "scroll"]
+    assert scrolled
+    assert all(own["tabindex"] == "0" for own in scrolled)
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_index_is_set_beside_exact_search():
+    page = Page(small_page(metrics=small_metrics() | {"index": asked_index()}))
+    assert f"IVF8,{EVIL}" in page.text
+    assert "not 5 of these products" in page.text
+    for figure in ("0.8750", "0.9375", "-0.0200 to +0.0000", "4,321", "0.250"):
+        assert figure in page.text
+    assert "index" not in {own["id"] for own in Page(small_page()).attributes("section")}
+
+
+def test_recall_curves_are_drawn_to_scale_and_told_in_figures():
+    metrics = small_metrics()
+    page = Page(small_page(metrics=metrics, curves=[]))
+    drawn = [line["points"] or "" for line in page.attributes("polyline")]
+    assert [len(points.split()) for points in drawn] == [100, 100]
+    # The trained encoder is drawn last, on top; from 0 at 250 to 1 at 10 pixels from above.
+    curve = metrics["recall_curves"]["trained"]
+    heights = [250 - 240 * share for share in curve]
+    points = [tuple(map(float, point.split(","))) for point in drawn[1].split()]
+    assert [y for _, y in points] == pytest.approx(heights, abs=0.06)
+    # On the axis of K equal factors are equally far apart.
+    left, ten, right = points[0][0], points[9][0], points[99][0]
+    assert ten == pytest.approx((left + right) / 2, abs=0.1)
+    for k in (1, 20, 100):
+        assert f"{curve[k - 1]:.3f}" in page.text
+
+
+def test_bars_tell_their_interval_and_the_best_baseline():
+    metrics = small_metrics()
+    text = Page(small_page(metrics=metrics)).text
+    name = f"category: {EVIL}"
+    low, high = metrics["intervals"][name]["R@1"]
+    best = metrics["baselines"]["title_overlap"][name]["R@1"]
+    assert f", 95% interval {low:.3f}–{high:.3f}, best baseline {best:.3f}" in text
+    assert "R@1 by category" in text
+    low, high = metrics["system_intervals"]["title_overlap"]["warm"]["R@1"]
+    assert text.count(f"{low:.3f}–{high:.3f}") >= 2  # in the table and beside its bar
+
+
+def test_large_pictures_are_made_small_and_counted():
+    large = io.BytesIO()
+    Image.new("RGB", (1600, 900), (9, 99, 9)).save(large, "PNG")
+    page = Page(small_page(galleries={"best": [card(right=0, image=large.getvalue())]}))
+    prefix = "data:image/jpeg;base64,"
+    for image in page.attributes("img"):
+        with Image.open(io.BytesIO(base64.b64decode((image["src"] or "")[len(prefix) :]))) as small:
+            assert (small.format, small.size) == ("JPEG", (176, 99))
+    assert "9 pictures of at most 176 pixels" in page.text
+
+
+def test_picture_that_does_not_decode_becomes_a_grey_square():
+    page = Page(small_page(galleries={"best": [card(right=0, image=b"noise" * 50)]}))
+    data = (page.attributes("img")[0]["src"] or "").partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as grey:
+        assert grey.size == (32, 32)
 
 
 def test_right_and_wrong_are_said_in_words():
     text = Page(small_page()).text
     assert text.count("✓ right") == 1
     assert text.count("✗ wrong") == 9
-    assert "✓ Right at place 2" in text
+    assert "✓ Right at place 2, margin +0.125" in text
     assert "✗ Missed in the first 5" in text
     assert f"Right would be: {EVIL}, Blue mug" in text
     assert "no title" in text
@@ -171,15 +255,22 @@ def test_parts_without_data_are_left_out():
     metrics = small_metrics()
     only = {"all": metrics["slices"]["all"]}
     bare = {**metrics, "slices": only, "intervals": {}, "baselines": {}}
-    html = small_page(facts={}, curves=[], cards=[], metrics=bare)
+    html = small_page(facts={}, curves=[], galleries={}, metrics=bare)
     page = Page(html)
     assert page.open == []
     assert [section["id"] for section in page.attributes("section")] == ["results"]
 
 
+def curve_page(curve: Curve) -> Page:
+    """A page whose only drawing is this curve."""
+    metrics = small_metrics()
+    del metrics["recall_curves"]
+    return Page(small_page(curves=[curve], metrics=metrics))
+
+
 def svg_points(curve: Curve) -> list[tuple[float, float]]:
-    lines = Page(small_page(curves=[curve])).attributes("polyline")
-    numbers = re.findall(r"([-\d.]+),([-\d.]+)", lines[0]["points"] or "")
+    drawn = curve_page(curve).attributes("polyline")
+    numbers = re.findall(r"([-\d.]+),([-\d.]+)", drawn[0]["points"] or "")
     return [(float(x), float(y)) for x, y in numbers]
 
 
@@ -202,7 +293,7 @@ def test_odd_curves_are_drawn_inside_the_chart(values):
 
 
 def test_curve_without_a_finite_value_is_left_out():
-    page = Page(small_page(curves=[Curve(name="x", steps=[1], values=[float("nan")])]))
+    page = curve_page(Curve(name="x", steps=[1], values=[float("nan")]))
     assert not page.attributes("svg")
 
 
@@ -212,7 +303,7 @@ def test_long_curve_is_thinned_but_keeps_its_range():
     curve = Curve(name="loss", steps=list(range(5000)), values=values)
     points = svg_points(curve)
     assert len(points) <= 240
-    band = Page(small_page(curves=[curve])).attributes("polygon")[0]["points"] or ""
+    band = curve_page(curve).attributes("polygon")[0]["points"] or ""
     heights = [float(y) for y in re.findall(r",([-\d.]+)", band)]
     assert min(heights) < min(y for _, y in points) - 50  # the spike of a single step is seen
 
@@ -227,10 +318,10 @@ def test_long_curve_is_thinned_but_keeps_its_range():
     ],
 )
 def test_ticks_are_round_and_enclose_the_values(low, high, expected):
-    ticks = report._y_ticks(low, high)
+    ticks = lines._y_ticks(low, high)
     assert ticks[0] <= low + 1e-9
     assert ticks[-1] >= high - 1e-9
-    assert report._tick_texts(ticks) == expected
+    assert lines._tick_texts(ticks) == expected
 
 
 def test_picture_opens_and_is_small(tmp_path):
@@ -248,11 +339,11 @@ def test_picture_marks_right_green_and_wrong_red(tmp_path):
     path = tmp_path / "picture.png"
     draw_picture([card(right=0)], path)
     pixels = np.asarray(Image.open(path).convert("RGB"), np.int64)
-    first = report._products_left()
-    middle = report._HEADER_HEIGHT + 14 + report._PRODUCT // 2
+    first = picture._products_left()
+    middle = picture._HEADER_HEIGHT + 14 + picture._PRODUCT // 2
     red, green, _ = pixels[middle, first + 1]
     assert green > 2 * red
-    red, green, _ = pixels[middle, first + report._PRODUCT + 8 + 1]
+    red, green, _ = pixels[middle, first + picture._PRODUCT + 8 + 1]
     assert red > 2 * green
 
 

@@ -20,6 +20,7 @@ from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder, EncoderConfig
 from mmrec.model.tuning import TuningConfig
 from mmrec.retrieval.embed import read_embeddings
+from mmrec.retrieval.evaluation_config import EvaluationConfig
 from mmrec.training.checkpoints import list_checkpoints
 from mmrec.training.run import read_metrics
 
@@ -91,7 +92,7 @@ def test_an_averaged_run_resumes_bit_for_bit(
 def test_each_width_is_evaluated_embedded_and_searched(tiny_shards: Path, tmp_path: Path) -> None:
     encoder = Encoder(EncoderConfig(towers="mmrec-tiny", image_size=32, widths=(16, 64)))
     encoder.save(tmp_path / "encoder")
-    cli.evaluate(
+    config = EvaluationConfig(
         encoder=tmp_path / "encoder",
         shards=tiny_shards,
         out=tmp_path / "report",
@@ -99,6 +100,7 @@ def test_each_width_is_evaluated_embedded_and_searched(tiny_shards: Path, tmp_pa
         untrained=False,
         baselines=False,
     )
+    cli.evaluate(config=config)
     metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert set(metrics["widths"]) == {"16", "64", "128"}
     assert metrics["widths"]["128"] == metrics["slices"]
