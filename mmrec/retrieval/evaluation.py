@@ -37,7 +37,7 @@ from mmrec.retrieval.embed import embed_rows, embed_views, pick_device
 from mmrec.retrieval.evaluation_config import EvaluationConfig
 from mmrec.retrieval.gallery import Gallery, Slices, count_train_links, query_slices
 from mmrec.retrieval.index import ProductIndex
-from mmrec.retrieval.matcher import check_encoder, open_index
+from mmrec.retrieval.matcher import check_encoder
 from mmrec.retrieval.metrics import (
     MAIN_METRICS,
     Intervals,
@@ -125,6 +125,8 @@ def evaluate(encoder: Encoder, config: EvaluationConfig, *, seed: int = 0) -> Ev
     for K from 1 to 100; "index", where there is one, see `_ask`; and "timing", the seconds taken.
     """
     started = time.perf_counter()
+    if config.index is not None:
+        _open_index(config.index, encoder).close()  # A stranger is refused before the long part.
     gallery = Gallery.open(config.shards, config.split)
     train_links = count_train_links(config.shards, gallery.catalog)
     slices = query_slices(
@@ -348,10 +350,7 @@ def _ask(
     slices: Slices,
 ) -> dict[str, Any]:
     """What `ask_index` measures of an index, its slices, and how far these differ from exact search's."""
-    index = open_index(folder, device="cpu" if encoder.device.type == "cpu" else "auto")
-    assert isinstance(index, ProductIndex)
-    with index:
-        check_encoder(index, encoder.fingerprint)
+    with _open_index(folder, encoder) as index:
         facts, found = ask_index(
             index,
             trained.queries["content"],
@@ -374,6 +373,12 @@ def _ask(
             for metric, own in differences.items()
         },
     }
+
+
+def _open_index(folder: Path, encoder: Encoder) -> ProductIndex:
+    index = ProductIndex.load(folder, device="cpu" if encoder.device.type == "cpu" else "auto")
+    check_encoder(index, encoder.fingerprint)
+    return index
 
 
 def _galleries(found: Evaluation, num_cards: int) -> dict[str, list[QueryCard]]:
