@@ -6,7 +6,7 @@ Nothing heavy is imported until a command runs, so that `mmrec --help` answers a
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -14,6 +14,7 @@ from mmrec.errors import UserError
 from mmrec.flags import refused_in_one_line
 from mmrec.launcher import stop_with_launcher
 from mmrec.retrieval.evaluation_config import EvaluationConfig
+from mmrec.serve.config import ServeConfig
 
 Result = TypeVar("Result")
 Split = Literal["train", "val", "test"]
@@ -506,6 +507,21 @@ def compare(
     print(comparison_text(compared))
     if out is not None:
         print(f"\nreport: {out}")
+
+
+@app.command
+def serve(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
+    """Answer queries over HTTP, with a page for people at /.
+
+    A SIGTERM ends it once requests under way are answered. What replaces the index while it runs is taken
+    up without a failed request.
+    """
+    try:
+        from mmrec.serve.server import main as run_service
+    except ImportError as error:
+        raise UserError(f"{error}; the service is an extra: pip install 'mmrec[serve]'") from None
+
+    run_service(config)
 
 
 @app.command

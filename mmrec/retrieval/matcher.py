@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import psutil
@@ -54,6 +54,9 @@ from mmrec.retrieval.queries import (
     read_query,
 )
 from mmrec.retrieval.tuning import TuningGoal, check_goal, query_vectors, tuned_index
+
+if TYPE_CHECKING:
+    from mmrec.retrieval.remote import RemoteMatcher
 
 _READ = 32
 """Queries of a list that are read before they are embedded together."""
@@ -116,6 +119,25 @@ class Matcher:
             opened,
             catalog=_open_catalog(shards, opened),
         )
+
+    @classmethod
+    def connect(cls, url: str, token: str | None = None) -> "RemoteMatcher":
+        """A matcher with the same `match`, answered by `mmrec serve` at `url`; needs the extra `serve`."""
+        from mmrec.retrieval.remote import RemoteMatcher
+
+        return RemoteMatcher(url, token=token)
+
+    def has_picture(self, id_: str) -> bool:
+        """Whether `picture_of` has something."""
+        row = self._picture_rows.get(id_)
+        if self._catalog is None or row is None:
+            return False
+        first = image_name(0) if self._catalog.family == "products" else frame_name(0)
+        return first in self._catalog.names(row)
+
+    def picture_of(self, id_: str) -> bytes | None:
+        """The first picture of what the index holds as JPEG, where the shards it came from have one."""
+        return self._picture_of(id_)
 
     # Without arguments either fits, and either is refused.
     @overload

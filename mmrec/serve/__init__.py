@@ -1,0 +1,1 @@
+"""The service: matches over HTTP, and the client that asks for them."""

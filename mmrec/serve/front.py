@@ -1,0 +1,132 @@
+"""What every request goes through: an id, the token, headers, a line in the log, and no naked fault."""
+
+import hmac
+import json
+import re
+import time
+from typing import Any
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mmrec.serve.log import log
+from mmrec.serve.metrics import Metrics
+from mmrec.serve.refusals import Refused
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_OPEN = ("/", "/openapi.json", "/v1/healthz", "/v1/readyz")
+_PAGE = "/page/"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+# The page and all else: no other host, nothing inline, and nobody frames it.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+class Front:
+    """ASGI middleware around all routes."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, token: str | None) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._token = None if token is None else token.encode()
+        self.num_in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        scope.setdefault("state", {})["request_id"] = request_id = _request_id(scope)
+        sent: dict[str, int] = {}
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent["status"] = message["status"]
+                _add_headers(message, request_id)
+            await send(message)
+
+        self.num_in_flight += 1
+        try:
+            await self._answer(scope, receive, send_on, sent)
+        finally:
+            self.num_in_flight -= 1
+            self._note(scope, sent.get("status", 0), time.perf_counter() - started)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, sent: dict[str, int]
+    ) -> None:
+        try:
+            self._check_token(scope)
+            await self._app(scope, receive, send)
+        except Refused as refused:
+            await answer_refused(scope, receive, send, refused)
+        except Exception as error:
+            log("fault", error=error, request_id=scope["state"]["request_id"])
+            if "status" in sent:
+                raise
+            fault = Refused(
+                500, "fault", "a fault of the service; its log has it by the request's id"
+            )
+            await answer_refused(scope, receive, send, fault)
+
+    def _check_token(self, scope: Scope) -> None:
+        path = scope["path"]
+        if self._token is None or path in _OPEN or path.startswith(_PAGE):
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, token = given.partition(b" ")
+        # The time that a comparison takes says nothing of how much of a token was right.
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+            raise Refused(401, "unauthorised", "expected the header Authorization: Bearer TOKEN")
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        kind, reason = scope["state"].get("refused", (None, None))
+        self._metrics.observe_request(method, route, status, seconds)
+        facts: dict[str, Any] = {
+            "request_id": scope["state"]["request_id"],
+            "method": method,
+            "route": route,
+            "status": status,
+            "ms": round(1000 * seconds, 2),
+        }
+        if kind is not None:
+            self._metrics.count_error(kind)
+            facts["reason"] = reason
+        log("request", **facts | scope["state"].get("facts", {}))
+
+
+async def answer_refused(scope: Scope, receive: Receive, send: Send, refused: Refused) -> None:
+    """Answer with an error, and keep its reason for the log and the metrics."""
+    # What stands after a colon may be a part of the request.
+    scope["state"]["refused"] = (refused.kind, refused.kind)
+    body = json.dumps(refused.body(scope["state"]["request_id"])).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    pairs = [(k.lower().encode(), v.encode()) for k, v in (headers | refused.headers).items()]
+    await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+def _request_id(scope: Scope) -> str:
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+
+
+def _add_headers(message: Message, request_id: str) -> None:
+    headers = MutableHeaders(scope=message)
+    headers["X-Request-ID"] = request_id
+    for name, value in _HEADERS.items():
+        headers[name] = value
+    headers["Content-Security-Policy"] = _POLICY
+    headers.setdefault("Cache-Control", "no-store")

@@ -1,0 +1,52 @@
+"""One JSON object a line on standard error: what happened, when, and to which request."""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_LOGGER = logging.getLogger("mmrec.serve")
+
+
+def start_logging() -> None:
+    """Send the service's and uvicorn's records to standard error as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("mmrec.serve", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+    # Its lines say less than ours: requests are logged with their ids, the start with the index.
+    logging.getLogger("uvicorn.access").handlers = []
+    logging.getLogger("uvicorn.access").propagate = False
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def log(event: str, *, error: BaseException | None = None, **facts: Any) -> None:
+    """Write a line: the event and what is known of it. Nothing of what was asked for belongs there."""
+    level = logging.INFO if error is None else logging.ERROR
+    if not _LOGGER.isEnabledFor(level):
+        return
+    if error is not None:
+        facts["error"] = f"{type(error).__name__}: {error}"
+    _LOGGER.log(level, event, exc_info=error, extra={"facts": facts})
+
+
+class JsonLines(logging.Formatter):
+    """Records as JSON objects."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record in one line, a traceback in it."""
+        seconds, fraction = divmod(record.created, 1)
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        line: dict[str, Any] = {
+            "time": f"{moment}.{int(fraction * 1000):03d}Z",
+            "level": record.levelname,
+            "event": record.getMessage(),
+        }
+        line |= getattr(record, "facts", {})
+        if record.exc_info and record.exc_info[0] is not None:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
