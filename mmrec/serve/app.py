@@ -36,10 +36,12 @@ from mmrec.serve.front import Front, answer_refused
 from mmrec.serve.live import Live, Served
 from mmrec.serve.log import log
 from mmrec.serve.matching import (
+    Encoded,
     Expected,
     Hit,
     Job,
     Matching,
+    explain,
     plain_attributes,
     search_like,
     search_where,
@@ -225,6 +227,7 @@ class Service:
         started = time.perf_counter()
         decoded = await self._decoded(served, body, thumbnails=question.frames)
         done_decoding = time.perf_counter()
+        whys: dict[str, dict[str, Any]] = {}
         if question.product_id is not None:
             expected.close()
             hits = await self.matching.apart(
@@ -232,7 +235,12 @@ class Service:
             )
             encode_s, search_s = 0.0, time.perf_counter() - done_decoding
         else:
-            hits, encode_s, search_s = await self._searched(served, decoded, question, expected)
+            encoded, hits, encode_s, search_s = await self._searched(
+                served, decoded, question, expected
+            )
+            if question.why:
+                ids = [hit.product_id for hit in hits]
+                whys = await self.matching.apart(explain, served.matcher, encoded.query, ids)
         self.metrics.observe_stage("search", search_s)
         frames = None
         if question.frames:
@@ -251,7 +259,11 @@ class Service:
         query: dict[str, Any] = {"text": question.text, "num_frames": num_frames}
         return {
             "query": query | ({} if frames is None else {"frames": frames}),
-            "matches": [_match(served, place, hit) for place, hit in enumerate(hits, 1)],
+            "matches": [
+                _match(served, place, hit)
+                | ({"why": whys.get(hit.product_id)} if question.why else {})
+                for place, hit in enumerate(hits, 1)
+            ],
             "generation": served.generation,
             "index": served.index,
             "request_id": request.state.request_id,
@@ -264,8 +276,8 @@ class Service:
         decoded: Decoded | None,
         question: Question,
         expected: Expected,
-    ) -> tuple[list[Hit], float, float]:
-        """Matches, and the seconds of encoding, with the wait for it, and of searching."""
+    ) -> tuple[Encoded, list[Hit], float, float]:
+        """The query as encoded, matches, and the seconds of encoding, with the wait for it, and of searching."""
         job = Job(
             served=served,
             pictures=decoded.pixels if decoded else None,
@@ -281,10 +293,10 @@ class Service:
         if hits is None:
             started = time.perf_counter()
             hits = await self.matching.apart(
-                search_where, served.matcher, encoded.vector, question.k, question.where
+                search_where, served.matcher, encoded.query.vector, question.k, question.where
             )
             search_s = time.perf_counter() - started
-        return hits, encode_s, search_s
+        return encoded, hits, encode_s, search_s
 
     async def _decoded(self, served: Served, body: Body, *, thumbnails: bool) -> Decoded | None:
         what: What = "video" if body.files.get("video") else "images"
@@ -356,7 +368,7 @@ class Service:
                     side=own_side(served),
                 )
                 encoded, _ = await self.matching.encode(job)
-                arguments = (self.live, self.config.index, served, product, encoded.vector)
+                arguments = (self.live, self.config.index, served, product, encoded.query.vector)
                 with suppress(Superseded):
                     return _json(await self.matching.apart(upsert, *arguments))
                 await asyncio.sleep(self.config.watch_s)

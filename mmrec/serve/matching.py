@@ -19,6 +19,7 @@ from mmrec.data.batches import collate_items
 from mmrec.errors import UserError
 from mmrec.model.encoder import Side
 from mmrec.retrieval.matcher import Matcher
+from mmrec.retrieval.queries import EncodedQuery, encode
 from mmrec.serve.batching import Batcher
 from mmrec.serve.config import ServeConfig
 from mmrec.serve.live import Served
@@ -55,7 +56,8 @@ class Hit:
 class Encoded:
     """What the encoder's thread answers."""
 
-    vector: Float32[np.ndarray, " D"]
+    query: EncodedQuery
+    """Its vector, and what the towers made of each part."""
     hits: list[Hit] | None
     """None where no search was asked for."""
     encode_s: float
@@ -164,7 +166,8 @@ def _groups(jobs: Sequence[Job]) -> list[list[int]]:
 def _answer_group(jobs: Sequence[Job]) -> list[Encoded]:
     started = time.perf_counter()
     matcher = jobs[0].served.matcher
-    vectors = _embed(matcher, jobs)
+    queries = _encode(matcher, jobs)
+    vectors = np.stack([query.vector for query in queries])
     encoded = time.perf_counter()
     searched = [place for place, job in enumerate(jobs) if job.k is not None]
     hits: dict[int, list[Hit]] = {}
@@ -179,16 +182,16 @@ def _answer_group(jobs: Sequence[Job]) -> list[Encoded]:
     done = time.perf_counter()
     return [
         Encoded(
-            vector=vector,
+            query=query,
             hits=hits.get(place),
             encode_s=encoded - started,
             search_s=done - encoded,
         )
-        for place, vector in enumerate(vectors)
+        for place, query in enumerate(queries)
     ]
 
 
-def _embed(matcher: Matcher, jobs: Sequence[Job]) -> Float32[np.ndarray, "Q D"]:
+def _encode(matcher: Matcher, jobs: Sequence[Job]) -> list[EncodedQuery]:
     encoder = matcher.encoder
     items = collate_items(
         [() if job.pictures is None else torch.from_numpy(job.pictures).unbind() for job in jobs],
@@ -196,8 +199,7 @@ def _embed(matcher: Matcher, jobs: Sequence[Job]) -> Float32[np.ndarray, "Q D"]:
         tokenizer=encoder.tokenizer,
         size=encoder.preprocess.size,
     )
-    vectors = encoder.embed(items, jobs[0].side, width=matcher.index.width)
-    return vectors.cpu().numpy()
+    return encode(encoder, items, jobs[0].side, width=matcher.index.width)
 
 
 def look_up(matcher: Matcher, rows: Sequence[tuple[Sequence[str], np.ndarray]]) -> list[list[Hit]]:
@@ -267,3 +269,13 @@ def search_like(matcher: Matcher, product_id: str, k: int, where: str | None) ->
     vector = vectors[0] / np.linalg.norm(vectors[0])
     found = search_where(matcher, vector, k + 1, where)
     return [hit for hit in found if hit.product_id != product_id][:k]
+
+
+def explain(matcher: Matcher, query: EncodedQuery, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Which frames, and how much the text, carried each match; none where an index gives no vectors back."""
+    if not ids:
+        return {}
+    try:
+        return {why.product_id: why.to_dict() for why in matcher.why(query, ids)}
+    except UserError:
+        return {}
