@@ -340,7 +340,7 @@ class ProductIndex:
     def attributes_of(self, ids: Sequence[str]) -> list[dict[str, Any]]:
         """The same of several products, in the order of `ids`."""
         view = self._view
-        found = [view.attributes(row) for row in _rows_of(view, ids).tolist()]
+        found = view.attributes_of(_rows_of(view, ids))
         return [{n: v for n, v in columns.items() if n != self.key} for columns in found]
 
     def vectors(self, ids: Sequence[str]) -> Float32[np.ndarray, "Q D"]:

@@ -7,20 +7,24 @@ matcher.match(video="clip.mp4", title="love this NOVA find", k=5)
 
 import base64
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mmrec.data.sources import Source, local_file
 from mmrec.errors import MediaError, UserError
-from mmrec.retrieval.matcher import Match, Matches
+from mmrec.retrieval.matches import Match, Matches, Why
+from mmrec.retrieval.queries import Query, is_given, listed, queries_of
 
 if TYPE_CHECKING:
     import httpx
 
 _TRIES = 4
+_AT_ONCE = 8
+"""Queries of a list that are under way together."""
 _LONGEST_PAUSE_S = 10.0
 
 
@@ -57,34 +61,29 @@ class RemoteMatcher:
     def match(
         self,
         *,
-        video: Source | None = None,
-        images: Sequence[Source] | Source = (),
-        title: str | None = None,
-        text: str | None = None,
-        product_id: str | None = None,
+        video: Any = None,
+        images: Any = (),
+        title: Any = None,
+        text: Any = None,
+        product_id: Any = None,
         k: int = 10,
         where: str | None = None,
-    ) -> Matches:
+    ) -> Any:
         """The k nearest to a video, or pictures, with or without words, or words alone, or to a product.
 
-        Arguments are those of `Matcher.match`. Raises `UserError` with the service's reason where it
-        refuses, and when it cannot be reached.
+        Arguments, lists of them too, and what comes back are those of `Matcher.match`; queries of a list
+        are sent some at a time, and the service encodes them together. Raises `UserError` with the
+        service's reason where it refuses, and when it cannot be reached.
         """
-        if title and text:
-            raise UserError("give title or text, not both: they are the same thing")
-        fields = {"text": title or text, "where": where, "product_id": product_id, "k": k}
-        if isinstance(images, str | Path | bytes):
-            images = [images]
-        if video is not None and images:
-            raise UserError("give a video or images, not both")
-        files = [("video", _read(video))] if video is not None else []
-        files += [("images", _read(image)) for image in images]
-        answer = self._ask(fields, files)
-        return Matches(
-            matches=[self._match(found) for found in answer["matches"]],
-            title=title or text,
-            frames=[base64.b64decode(uri.partition(",")[2]) for uri in answer["query"]["frames"]],
-        )
+        if product_id is not None:
+            if any(map(is_given, (video, images, title, text))):
+                raise UserError("give product_id, or a video, images or text, not both")
+            ids = listed("product_id", product_id)
+            ask = partial(self._match_like, k=k, where=where)
+            return ask(product_id) if ids is None else self._each(ask, ids)
+        queries, many = queries_of(video, images, title, text)
+        ask = partial(self._match_query, k=k, where=where)
+        return self._each(ask, queries) if many else ask(queries[0])
 
     def info(self) -> dict[str, Any]:
         """What the service holds and takes: its encoder, index, columns and limits."""
@@ -105,14 +104,53 @@ class RemoteMatcher:
     ) -> None:
         self.close()
 
-    def _ask(self, fields: Mapping[str, Any], files: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+    def _each(self, ask: Callable[[Any], Matches], queries: Sequence[Any]) -> list[Matches]:
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            return list(threads.map(ask, queries))
+
+    def _match_query(self, query: Query, *, k: int, where: str | None) -> Matches:
+        files = [("video", _read(query.video))] if query.video is not None else []
+        files += [("images", _read(image)) for image in query.images]
+        return self._ask({"text": query.title, "where": where, "k": k}, files, query.title)
+
+    def _match_like(self, product_id: str, *, k: int, where: str | None) -> Matches:
+        return self._ask({"product_id": product_id, "where": where, "k": k}, [], None)
+
+    def _ask(
+        self,
+        fields: Mapping[str, Any],
+        files: Sequence[tuple[str, bytes]],
+        title: str | None,
+    ) -> Matches:
         # Parts, also where there is no file: httpx sends data alone as a form of another type.
         parts: list[tuple[str, Any]] = [
             (name, (None, str(value))) for name, value in fields.items() if value is not None
         ]
-        parts.append(("frames", (None, "true")))
         parts += [(name, (name, data)) for name, data in files]
-        return self._send("POST", "/v1/match", files=parts).json()
+        shown = [*parts, ("frames", (None, "true"))]
+        answer = self._send("POST", "/v1/match", files=shown).json()
+        return Matches(
+            matches=[self._match(found) for found in answer["matches"]],
+            title=title,
+            frames=[base64.b64decode(uri.partition(",")[2]) for uri in answer["query"]["frames"]],
+            explainer=partial(self._explain, parts) if "product_id" not in fields else None,
+        )
+
+    def _explain(self, parts: Sequence[tuple[str, Any]], product_id: str) -> Why:
+        """Ask once more, with the reasons: most matches are never asked why."""
+        answer = self._send("POST", "/v1/match", files=[*parts, ("why", (None, "true"))]).json()
+        found = {match["product_id"]: match["why"] for match in answer["matches"]}.get(product_id)
+        if not found:
+            raise UserError(
+                f"{product_id}: the service does not say why; its index keeps no vectors, or has changed"
+            )
+        return Why(
+            product_id=product_id,
+            score=found["score"],
+            frame_losses=tuple(found["frame_losses"]),
+            video_alone=found["video_alone"],
+            title_alone=found["title_alone"],
+        )
 
     def _match(self, found: Mapping[str, Any]) -> Match:
         image = None

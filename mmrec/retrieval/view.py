@@ -124,9 +124,22 @@ class View:
 
     def attributes(self, row: int) -> dict[str, Any]:
         """Id and attributes of a row."""
+        return self.attributes_of(np.array([row]))[0]
+
+    def attributes_of(self, rows: Int64[np.ndarray, " M"]) -> list[dict[str, Any]]:
+        """The same of several rows; a product of the base has the base's columns alone."""
         first = self.base.record.count
-        table = self.base.products if row < first else self.delta.table
-        return table.slice(row if row < first else row - first, 1).to_pylist()[0]
+        late = rows >= first
+        found: list[dict[str, Any]] = [{}] * len(rows)
+        for places, table, shift in (
+            (np.flatnonzero(~late), self.base.products, 0),
+            (np.flatnonzero(late), self.delta.table if late.any() else None, first),
+        ):
+            if table is not None and len(places):
+                columns = table.take(pa.array(rows[places] - shift)).to_pylist()
+                for place, own in zip(places.tolist(), columns, strict=True):
+                    found[place] = own
+        return found
 
     def products(self) -> pa.Table:
         """Id and attributes of all products, in the order of their rows."""

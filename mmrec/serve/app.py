@@ -277,7 +277,7 @@ class Service:
         question: Question,
         expected: Expected,
     ) -> tuple[Encoded, list[Hit], float, float]:
-        """The query as encoded, matches, and the seconds of encoding, with the wait for it, and of searching."""
+        """The encoded query, matches, and the seconds of encoding, its wait too, and of searching."""
         job = Job(
             served=served,
             pictures=decoded.pixels if decoded else None,
