@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from fastapi import FastAPI
@@ -333,7 +332,7 @@ class Service:
                 "product_id": product_id,
                 "title": title,
                 "attributes": attributes,
-                "image": _image_path(served, product_id),
+                "image": served.image_path(product_id),
             }
         )
 
@@ -472,8 +471,8 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
+    _add_matching(app, service)  # Routes are tried in order.
     _add_facts(app, service)
-    _add_matching(app, service)
     _add_products(app, service)
     _add_page(app)
     app.add_exception_handler(HTTPException, _refuse_route)
@@ -640,14 +639,8 @@ def _match(served: Served, place: int, hit: Hit) -> dict[str, Any]:
         "score": hit.score,
         "title": hit.title,
         "attributes": hit.attributes,
-        "image": _image_path(served, hit.product_id),
+        "image": served.image_path(hit.product_id),
     }
-
-
-def _image_path(served: Served, product_id: str) -> str | None:
-    if not served.matcher.has_picture(product_id):
-        return None
-    return f"/v1/products/{quote(product_id, safe='')}/image"
 
 
 def _as_jpeg(data: bytes) -> bytes:

@@ -25,8 +25,9 @@ class _Waiting(Generic[Job, Answer]):
 class Batcher(Generic[Job, Answer]):
     """Hands jobs to `work` in batches, from one thread; `work` answers a job or gives its exception.
 
-    A batch starts when it is full, when nobody else is on the way, or when its first job has waited
-    `max_wait_s`. Under load batches fill while the one before is worked on, and nobody waits longer.
+    A batch starts when it is full, when nobody else is to be expected, or when its first job has waited
+    `max_wait_s`. To be expected are those on the way, and as many as there were around the batch before:
+    who has an answer often asks again. So who is alone never waits, and under load batches are large.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Batcher(Generic[Job, Answer]):
         self._queue: deque[_Waiting[Job, Answer]] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._company = 0
         self.num_taken = 0
         """Jobs that have left the queue since the start."""
         self._thread = threading.Thread(target=self._run, name="mmrec-encoder", daemon=True)
@@ -91,6 +93,7 @@ class Batcher(Generic[Job, Answer]):
                 answers = self._work([waiting.job for waiting in batch])
             except Exception as error:
                 answers = [error] * len(batch)
+            self._company = len(batch) + len(self._queue)
             _deliver(batch, answers, started)
 
     def _next_batch(self) -> list[_Waiting[Job, Answer]]:
@@ -102,9 +105,10 @@ class Batcher(Generic[Job, Answer]):
             return self._taken()
 
     def _wait_for_more(self, until: float) -> None:
-        while not self._closed and len(self._queue) < min(self._max_batch, self._on_the_way()):
+        while not self._closed:
+            expected = max(self._on_the_way(), self._company)
             left = until - time.perf_counter()
-            if left <= 0:
+            if left <= 0 or len(self._queue) >= min(self._max_batch, expected):
                 return
             self._changed.wait(left)
 

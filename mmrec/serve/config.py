@@ -40,8 +40,8 @@ class ServeConfig:
     """Queries that are encoded and searched together at most."""
     max_batch_pictures: Count = 128
     """Frames and pictures that are encoded together at most: what bounds the memory of a batch."""
-    max_wait_ms: NonNegative = 2.0
-    """How long the first query of a batch waits for others that are under way; it never waits when alone."""
+    max_wait_ms: NonNegative = 5.0
+    """How long the first query of a batch waits for others that are to be expected; never when alone."""
     max_queue: Count = 256
     """Queries that wait for the encoder at most; more are refused with status 503."""
     decoders: Count = 2

@@ -4,6 +4,7 @@ import hmac
 import json
 import re
 import time
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +15,8 @@ from mmrec.serve.log import log
 from mmrec.serve.metrics import Metrics
 from mmrec.serve.refusals import Refused
 
+# An id is a name and no secret; a random one each time costs a call of the system.
+_PROCESS, _NUMBERS = uuid4().hex[:16], count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = ("/", "/openapi.json", "/v1/healthz", "/v1/readyz")
 _PAGE = "/page/"
@@ -120,7 +123,7 @@ async def answer_refused(scope: Scope, receive: Receive, send: Send, refused: Re
 
 def _request_id(scope: Scope) -> str:
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS}-{next(_NUMBERS):x}"
 
 
 def _add_headers(message: Message, request_id: str) -> None:

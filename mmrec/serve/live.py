@@ -3,13 +3,16 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from mmrec.retrieval.generations import RECORD, live_generation
 from mmrec.retrieval.index import ProductIndex
 from mmrec.retrieval.matcher import Matcher
+
+_KEPT_PATHS = 100_000
 
 Token = tuple[str, int, int]
 """Tells a live generation from any other that lies or lay at the same path."""
@@ -26,6 +29,9 @@ class Served:
     published_at: float
     """When the generation was made, in seconds since 1970."""
 
+    image_paths: dict[str, str | None] = field(default_factory=dict, repr=False)
+    """Where pictures of products are, as far as somebody has asked."""
+
     @property
     def encoder(self) -> str:
         """The encoder's fingerprint."""
@@ -36,6 +42,16 @@ class Served:
         """The fingerprint of the generation."""
         manifest = self.matcher.index.manifest
         return manifest.fingerprint if manifest else ""
+
+    def image_path(self, product_id: str) -> str | None:
+        """The path of a product's picture on this service; None where it has none."""
+        if product_id not in self.image_paths:
+            if len(self.image_paths) >= _KEPT_PATHS:
+                self.image_paths.clear()
+            found = self.matcher.has_picture(product_id)
+            path = f"/v1/products/{quote(product_id, safe='')}/image" if found else None
+            self.image_paths[product_id] = path
+        return self.image_paths.get(product_id)
 
 
 def read_token(folder: Path) -> Token:

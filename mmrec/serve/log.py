@@ -1,17 +1,21 @@
 """One JSON object a line on standard error: what happened, when, and to which request."""
 
+import asyncio
+import atexit
 import json
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
+_SOON_S, _MOST_LINES = 0.1, 200
 _LOGGER = logging.getLogger("mmrec.serve")
 
 
 def start_logging() -> None:
     """Send the service's and uvicorn's records to standard error as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LineWriter()
     handler.setFormatter(JsonLines())
     for name in ("mmrec.serve", "uvicorn"):
         logger = logging.getLogger(name)
@@ -32,6 +36,35 @@ def log(event: str, *, error: BaseException | None = None, **facts: Any) -> None
     if error is not None:
         facts["error"] = f"{type(error).__name__}: {error}"
     _LOGGER.log(level, event, exc_info=error, extra={"facts": facts})
+
+
+class LineWriter(logging.Handler):
+    """Writes lines to standard error, those of an event loop some at a time: each write is a system call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+        atexit.register(self.flush)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line, and write it now or soon."""
+        self._lines.append(self.format(record) + "\n")
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is None or record.levelno > logging.INFO or len(self._lines) >= _MOST_LINES:
+            self.flush()
+        elif len(self._lines) == 1:
+            loop.call_later(_SOON_S, self.flush)
+
+    def flush(self) -> None:
+        """Write what there is."""
+        with self.lock or nullcontext():
+            lines, self._lines = self._lines, []
+            if lines:
+                sys.stderr.write("".join(lines))
+                sys.stderr.flush()
 
 
 class JsonLines(logging.Formatter):
