@@ -28,7 +28,7 @@ let chosen = []; // Files of the query, in the order of choice.
 let token = sessionStorage.getItem("mmrec token") ?? "";
 let running = null; // The XMLHttpRequest under way.
 let answered = null; // What the form was last answered, to come back to from "More like this".
-let lastAsked = null; // The question under way or shown, to ask again once there is a token.
+let lastAsked = null; // The question under way, or else the last.
 
 // Elements
 
@@ -84,6 +84,8 @@ function sentence({ reason, field }, status) {
   // What stands at the field need not name it, nor the columns that are listed below it.
   if (field === "where") {
     words = words.replace(/^where ('|").*\1: (\w+ Error: )?/s, "").replace(/; columns: .*$/s, "");
+  } else if (field === "images") {
+    words = words.replace(/^images\[(\d+)\]: /, (_, place) => `${lastAsked.files[place]?.name}: `);
   } else if (field && words.startsWith(`${field}: `)) words = words.slice(field.length + 2);
   words = words.charAt(0).toUpperCase() + words.slice(1);
   return /[.!?]$/.test(words) ? words : `${words}.`;
@@ -126,6 +128,7 @@ async function loadInfo() {
   const answer = await send("GET", "v1/info");
   if (answer.status !== 200) return explain(answer);
   info = answer.body;
+  $("token-field").hidden = true;
   showInfo();
 }
 
@@ -576,16 +579,21 @@ function submit() {
   ask(question);
 }
 
-function takeToken() {
+async function takeToken() {
+  clearErrors();
   token = fields.token.value.trim();
   sessionStorage.setItem("mmrec token", token);
+  await loadInfo();
+  if (!$("token-field").hidden) return;
+  if (chosen.length || fields.text.value) submit();
+  else fields.files.focus();
 }
 
 function listen() {
   $("query").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!$("token-field").hidden) takeToken();
-    submit();
+    if ($("token-field").hidden) submit();
+    else takeToken();
   });
   $("query").addEventListener("reset", () => {
     cancel();
