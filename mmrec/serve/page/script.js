@@ -84,6 +84,7 @@ function sentence({ reason, field }, status) {
   // What stands at the field need not name it, nor the columns that are listed below it.
   if (field === "where") {
     words = words.replace(/^where ('|").*\1: (\w+ Error: )?/s, "").replace(/; columns: .*$/s, "");
+    words = words.replace(/^Referenced column (".*") not found in FROM clause!$/, "There is no column $1");
   } else if (field === "images") {
     words = words.replace(/^images\[(\d+)\]: /, (_, place) => `${lastAsked.files[place]?.name}: `);
   } else if (field && words.startsWith(`${field}: `)) words = words.slice(field.length + 2);
@@ -221,6 +222,8 @@ function wrongFiles(files) {
   const { max_bytes: maxBytes = Infinity, max_images: maxImages = Infinity } = info.limits;
   const videos = files.filter((file) => !file.type.startsWith("image/"));
   const size = files.reduce((sum, file) => sum + file.size, 0);
+  const empty = files.find((file) => file.size === 0);
+  if (empty) return `${empty.name} is empty.`;
   if (videos.length && files.length > 1) return "One video, or pictures: not several videos, nor both.";
   if (files.length > maxImages) return `${files.length} pictures; the service takes up to ${maxImages}.`;
   if (size > maxBytes) return `${bytes(size)} is too large; the service takes up to ${bytes(maxBytes)}.`;
@@ -363,7 +366,7 @@ function heading({ like }, matches) {
 
 function timing(stages, total) {
   const parts = Object.entries(stages)
-    .filter(([, ms]) => ms !== null)
+    .filter(([, ms]) => ms >= 0.05) // A stage that there was.
     .map(([stage, ms]) => `${stage} ${milliseconds(ms)}`);
   return [...parts, `${milliseconds(total)} ms in all`].join(" · ");
 }
@@ -413,8 +416,8 @@ function card(match, frames) {
   const place = make("p", { className: "place" });
   const points = make("span", {}, make("span", { className: "unseen" }, "score "), score(match.score));
   place.append(make("span", {}, make("span", { className: "unseen" }, "place "), String(match.place)), points);
-  const like = make("button", { type: "button", className: "like" }, "More like this");
-  like.append(make("span", { className: "unseen" }, `: ${title}`));
+  const name = { "aria-label": `More like this: ${title}` };
+  const like = make("button", { type: "button", className: "like", ...name }, "More like this");
   like.addEventListener("click", () => askLike(match));
   return make(
     "li",
@@ -423,7 +426,7 @@ function card(match, frames) {
     place,
     make("h3", { title }, title),
     attributes(match),
-    match.why ? why(match.why, frames) : null,
+    hasReasons(match.why) ? why(match.why, frames) : null,
     make("p", { className: "foot" }, like),
   );
 }
@@ -457,6 +460,13 @@ function shown(value) {
 
 // Why: what the score loses without each frame, and what video and title reach alone
 
+// Of words alone, or of one picture alone, there is nothing to tell apart.
+function hasReasons(reasons) {
+  if (!reasons) return false;
+  const { video_alone: video, title_alone: title, frame_losses: losses } = reasons;
+  return losses.length > 1 || (video !== null && title !== null);
+}
+
 function why(reasons, frames) {
   const losses = reasons.frame_losses;
   const details = make("details", { className: "why" }, make("summary", {}, `Why: ${inShort(reasons)}`));
@@ -468,13 +478,14 @@ function why(reasons, frames) {
   return details;
 }
 
-function inShort({ video_alone: video, title_alone: title, title_share: share, frame_losses: losses }) {
+function inShort({ title_alone: title, title_share: share, frame_losses: losses }) {
+  const parts = [];
   const best = bestFrame(losses);
-  const frame = best < 0 ? "" : `, frame ${best + 1}`;
-  if (video === null) return "title alone";
-  if (title === null) return `video alone${frame}`;
-  if (share === null) return `either half does${frame}`;
-  return (share > 0.5 ? `title ${percent(share)}` : `video ${percent(1 - share)}`) + frame;
+  if (title !== null && share === null) parts.push("either half does");
+  else if (title !== null) parts.push(share > 0.5 ? `title ${percent(share)}` : `video ${percent(1 - share)}`);
+  if (best >= 0) parts.push(`frame ${best + 1}`);
+  else if (title === null) parts.push("no single frame");
+  return parts.join(", ");
 }
 
 function atLength({ video_alone: video, title_alone: title, frame_losses: losses }) {
@@ -482,8 +493,7 @@ function atLength({ video_alone: video, title_alone: title, frame_losses: losses
   const best = bestFrame(losses);
   if (best >= 0) words.push(`Without frame ${best + 1} the score falls by ${score(losses[best])}.`);
   else if (losses.length > 1) words.push("No frame is missed if it alone is left out.");
-  if (video !== null && title !== null) words.push(`Video alone ${score(video)}, title alone ${score(title)}.`);
-  else words.push(video === null ? "There was no video." : "There was no title.");
+  if (title !== null) words.push(`Video alone ${score(video)}, title alone ${score(title)}.`);
   return words.join(" ");
 }
 
