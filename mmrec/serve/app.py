@@ -540,7 +540,7 @@ def _add_products(app: FastAPI, service: Service) -> None:
     @app.delete(
         "/v1/products/{product_id:path}",
         response_model=schemas.DeleteAnswer,
-        responses=errors(401, 403, 409, 503),
+        responses=errors(401, 403, 404, 409, 503),
         tags=["products"],
     )
     async def delete_one(request: Request, product_id: str) -> Response:
