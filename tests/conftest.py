@@ -28,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """
     parser.addoption("--kills", type=int, default=4, help="kills of a program (default 4)")
     parser.addoption(
+        "--requests", type=int, default=100, help="generated requests to the service (default 100)"
+    )
+    parser.addoption(
         "--seconds", type=float, default=3, help="of reading beside a writer (default 3)"
     )
 
