@@ -37,8 +37,8 @@ import numpy as np
 import tyro
 from jaxtyping import Float, UInt8
 from PIL import Image
-from tqdm import tqdm
 
+from mmrec.bars import progress_bar
 from mmrec.cli import run_program
 from mmrec.data.media import read_image
 from mmrec.data.tables import SPLITS, Tables, write_tables
@@ -298,7 +298,9 @@ def film_clips(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         faults = pool.map(partial(film_clip, folder=folder, config=config), clips, chunksize=8)
-        for clip, reasons in zip(clips, tqdm(faults, total=len(clips), unit="clip"), strict=True):
+        for clip, reasons in zip(
+            clips, progress_bar(faults, total=len(clips), desc="clips", unit="clip"), strict=True
+        ):
             dropped.update(reasons)
             if len(reasons) < len(clip.photos):
                 filmed.append(clip)

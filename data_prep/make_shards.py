@@ -29,9 +29,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from tqdm import tqdm
 
 import mmrec
+from mmrec.bars import progress_bar
 from mmrec.cli import run_program
 from mmrec.data.duplicates import group_duplicates
 from mmrec.data.engines import Engine, EngineName, open_engine
@@ -573,7 +573,7 @@ def _decode(
     tasks = [*parts["product"], *parts["content"]]
     totals = {"product": num_products, "content": num_contents}
     lost = Counter[str]()
-    with tqdm(total=sum(totals.values()), desc="decode", unit="sample", disable=None) as progress:
+    with progress_bar(total=sum(totals.values()), desc="decode", unit="sample") as progress:
         for number, report in engine.run(tasks):
             progress.update(report.num_samples)
             kind = "product" if number < len(parts["product"]) else "content"
@@ -966,7 +966,7 @@ def _pack(config: MakeShardsConfig, engine: Engine, plan: _Plan, work: _Work) ->
     shards = _Shards(config, plan, work)
     hashes: dict[str, str] = {}
     total = sum(shards.num_samples(n) for n in range(len(shards)))
-    with tqdm(total=total, desc="pack", unit="sample", disable=None) as progress:
+    with progress_bar(total=total, desc="pack", unit="sample") as progress:
         for number, digest in engine.run(shards):
             hashes[shards.names[number]] = digest
             progress.update(shards.num_samples(number))

@@ -31,8 +31,8 @@ import numpy as np
 import tyro
 from jaxtyping import Float
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
-from tqdm import tqdm
 
+from mmrec.bars import progress_bar
 from mmrec.cli import run_program
 from mmrec.data.tables import Tables, write_tables
 from mmrec.errors import UserError
@@ -836,7 +836,7 @@ def _render_clips(
     render = partial(_render_clip, folder, config, products)
     # A hundred clips are drawn about as soon as a second process has started.
     workers = config.num_workers or min(os.cpu_count() or 1, max(1, len(contents) // 100))
-    with tqdm(total=len(contents), desc="clips", unit="clip", disable=None) as progress:
+    with progress_bar(total=len(contents), desc="clips", unit="clip") as progress:
         if workers == 1:
             for content in contents:
                 render(content)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from tqdm import tqdm
 
+from mmrec.bars import progress_bar
 from mmrec.cli import run_program
 from mmrec.data.foreign import (
     TWICE,
@@ -150,7 +150,7 @@ def _scan(config: WebdatasetTarsConfig, known: set[str] | None) -> Found:
         product_title=config.product_title or "",
     ).with_defaults()
     found = Found()
-    for tar in tqdm(expand_tars(config.tars), desc="scan", unit="tar", disable=None):
+    for tar in progress_bar(expand_tars(config.tars), desc="scan", unit="tar"):
         address = _address(config.out, tar)
         for sample in scan_samples(fetched(tar)):
             try:

@@ -1,15 +1,18 @@
-"""The `mmrec` command: shards, embed, index, search, evaluate, compare, inspect.
+"""The `mmrec` command: shards, embed, index, search, evaluate, compare, export, hub, serve, inspect.
 
 Nothing heavy is imported until a command runs, so that `mmrec --help` answers at once.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from mmrec.bars import quiet_if_asked
 from mmrec.errors import UserError
 from mmrec.flags import refused_in_one_line
 from mmrec.launcher import stop_with_launcher
@@ -18,12 +21,20 @@ from mmrec.serve.config import ServeConfig
 
 Result = TypeVar("Result")
 Split = Literal["train", "val", "test"]
+DESCRIPTION = """Match content to products.
+
+Every command takes --quiet (no progress bars); those that make or change something take --json (one JSON
+object on stdout)."""
 
 app = tyro.extras.SubcommandApp()
 index_app = tyro.extras.SubcommandApp()
 app.command(index_app, name="index", help="Build an index of products, change it, ask how it is.")
 shards_app = tyro.extras.SubcommandApp()
 app.command(shards_app, name="shards", help="Read tars that others wrote as shards.")
+export_app = tyro.extras.SubcommandApp()
+app.command(export_app, name="export", help="Write an encoder for programs that have no torch.")
+hub_app = tyro.extras.SubcommandApp()
+app.command(hub_app, name="hub", help="Publish an encoder on the Hugging Face hub.")
 
 
 @app.command
@@ -40,6 +51,7 @@ def embed(
     width: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    json: bool = False,
 ) -> None:
     """Encode shards into a folder of embeddings.
 
@@ -47,7 +59,7 @@ def embed(
     when the same command is given again.
 
     Args:
-        encoder: An encoder's folder, such as runs/demo/train/encoder.
+        encoder: An encoder's folder, such as runs/demo/train/encoder, or hf://user/name[@revision].
         shards: The folder written by data_prep/make_shards.py.
         out: The folder to write.
         split: catalog for the products, or a split of the contents.
@@ -58,11 +70,13 @@ def embed(
         width: Numbers kept of each embedding, of an encoder trained with --encoder.widths; all if left out.
         overwrite: Replace the folder if it is there.
         restart: Throw away what an earlier run left unfinished.
+        json: Print one JSON object.
     """
+    from mmrec.model.download import local_encoder
     from mmrec.retrieval.embed import embed_shards
 
     summary = embed_shards(
-        encoder,
+        local_encoder(encoder),
         shards,
         out,
         split=split,
@@ -75,7 +89,9 @@ def embed(
         restart=restart,
     )
     if summary.first:
-        print(f"{summary.line()}: {out}")
+        facts = {"out": out, **{name: getattr(summary, name) for name in ("rows", "new_rows")}}
+        facts |= {"width": summary.width, "seconds": round(summary.seconds, 3)}
+        _tell(f"{summary.line()}: {out}", facts, json=json)
 
 
 @index_app.command(name="build")
@@ -96,6 +112,7 @@ def index_build(
     tuning_sample: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Build an index from embeddings of the catalogue, or of contents.
 
@@ -120,6 +137,7 @@ def index_build(
             index is built on all.
         seed: Draws that sample, and 2,048 of the queries.
         overwrite: Replace the index if it is there; readers go on with the one that they opened.
+        json: Print one JSON object; what is measured goes to stderr then.
     """
     from mmrec.retrieval.candidates import parse_bytes
     from mmrec.retrieval.matcher import build_index
@@ -152,9 +170,14 @@ def index_build(
         goal=goal,
         queries=_tuning_queries(queries),
         overwrite=overwrite,
+        report=partial(print, file=sys.stderr) if json else print,
     )
     what = "products" if index.key == "product_id" else "contents"
-    print(f"indexed {len(index):,} {what}, {width or index.width} wide, as {index.factory}: {out}")
+    width = width or index.width
+    facts = {"out": out, what: len(index), "width": width, "factory": index.factory}
+    _tell(
+        f"indexed {len(index):,} {what}, {width} wide, as {index.factory}: {out}", facts, json=json
+    )
 
 
 def _tuning_queries(queries: str | Path | None) -> Path | None:
@@ -174,6 +197,7 @@ def index_upsert(
     embeddings: Path,
     ids: str | None = None,
     accept_encoder: bool = False,
+    json: bool = False,
 ) -> None:
     """Add products to an index, or replace those that it has, while it serves.
 
@@ -184,14 +208,16 @@ def index_upsert(
         embeddings: The folder written by `mmrec embed`, with the encoder that made the index.
         ids: The column of the metadata that holds the ids, where mmrec did not write the embeddings.
         accept_encoder: Take embeddings though it is not known whether one encoder made them and the index.
+        json: Print one JSON object.
     """
     from mmrec.retrieval.matcher import open_index, upsert_embeddings
 
     with open_index(index, uri=uri, collection=collection, device="cpu") as opened:
         count = upsert_embeddings(opened, embeddings, ids=ids, accept_encoder=accept_encoder)
-        print(f"upserted {count:,}; {index or uri} holds {len(opened):,}")
-        for advice in opened.status().advice:
-            print(advice)
+        advice = opened.status().advice
+        held = len(opened)
+    lines = [f"upserted {count:,}; {index or uri} holds {held:,}", *advice]
+    _tell("\n".join(lines), {"upserted": count, "holds": held, "advice": list(advice)}, json=json)
 
 
 @index_app.command(name="delete")
@@ -201,6 +227,7 @@ def index_delete(
     uri: str | None = None,
     collection: str = "products",
     ids: Path,
+    json: bool = False,
 ) -> None:
     """Take products out of an index while it serves.
 
@@ -209,6 +236,7 @@ def index_delete(
         uri: Where Milvus is, as for `mmrec index push`; instead of --index.
         collection: The collection there.
         ids: A text file with an id on each line; blanks around it do not count.
+        json: Print one JSON object.
     """
     from mmrec.retrieval.matcher import open_index
 
@@ -220,25 +248,29 @@ def index_delete(
         raise UserError(f"{ids}: not a text file of ids ({error})") from None
     with open_index(index, uri=uri, collection=collection, device="cpu") as opened:
         count = opened.delete(wanted)
-        print(f"deleted {count:,}; {index or uri} holds {len(opened):,}")
-        missing = len(set(wanted)) - count
-        if missing:
-            print(f"{missing:,} of the ids were not there")
+        held = len(opened)
+    missing = len(set(wanted)) - count
+    text = f"deleted {count:,}; {index or uri} holds {held:,}"
+    text += f"\n{missing:,} of the ids were not there" if missing else ""
+    _tell(text, {"deleted": count, "missing": missing, "holds": held}, json=json)
 
 
 @index_app.command(name="compact")
-def index_compact(*, index: Path) -> None:
+def index_compact(*, index: Path, json: bool = False) -> None:
     """Fold what was upserted and deleted into a new generation of an index.
 
     Args:
         index: The folder written by `mmrec index build`.
+        json: Print one JSON object.
     """
     from mmrec.retrieval.index import ProductIndex
 
     with ProductIndex.load(index, device="cpu") as opened:
         done = opened.compact()
         generation = opened.status().generation
-        print(f"generation {generation}, {len(opened):,} rows" if done else "nothing to compact")
+        rows = len(opened)
+    text = f"generation {generation}, {rows:,} rows" if done else "nothing to compact"
+    _tell(text, {"compacted": done, "generation": generation, "rows": rows}, json=json)
 
 
 @index_app.command(name="status")
@@ -268,17 +300,23 @@ def index_status(
 
 
 @index_app.command(name="verify")
-def index_verify(index: tyro.conf.Positional[Path]) -> None:
+def index_verify(index: tyro.conf.Positional[Path], *, json: bool = False) -> None:
     """Read every file of an index and compare it with what was written.
 
     Args:
         index: The folder written by `mmrec index build`.
+        json: Print one JSON object.
     """
     from mmrec.retrieval.index import ProductIndex
 
     opened = ProductIndex.load(index, device="cpu", verify=True)
     status = opened.status()
-    print(f"{index}: generation {status.generation} and {status.changes:,} changes are whole")
+    facts = {"whole": True, "generation": status.generation, "changes": status.changes}
+    _tell(
+        f"{index}: generation {status.generation} and {status.changes:,} changes are whole",
+        facts,
+        json=json,
+    )
 
 
 @index_app.command(name="push")
@@ -288,6 +326,7 @@ def index_push(
     uri: str,
     collection: str = "products",
     kind: Literal["FLAT", "HNSW", "IVF_FLAT", "IVF_SQ8"] = "FLAT",
+    json: bool = False,
 ) -> None:
     """Move an index into a Milvus collection, for catalogues past one machine.
 
@@ -299,12 +338,15 @@ def index_push(
         uri: Of a Milvus server, http://localhost:19530; or a path that ends in .db, for milvus-lite.
         collection: The collection's name.
         kind: Milvus's index type; FLAT is exact.
+        json: Print one JSON object.
     """
     from mmrec.retrieval.milvus_push import push_index
 
-    done = push_index(index, uri, collection=collection, kind=kind, progress=sys.stderr.isatty())
+    done = push_index(index, uri, collection=collection, kind=kind, progress=True)
     before = f", {done.resumed:,} of them by an earlier push" if done.resumed else ""
-    print(f"pushed {done.products:,} products{before}: collection '{collection}' at {uri}")
+    text = f"pushed {done.products:,} products{before}: collection '{collection}' at {uri}"
+    facts = {"products": done.products, "resumed": done.resumed, "collection": collection}
+    _tell(text, facts, json=json)
 
 
 @shards_app.command(name="index")
@@ -323,6 +365,7 @@ def shards_index(
     num_workers: int = 0,
     max_dropped: float = 0.05,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Index tars made by img2dataset, or other webdataset tars of images, where they lie.
 
@@ -345,6 +388,7 @@ def shards_index(
         num_workers: Processes that read tars; 0 takes one per core.
         max_dropped: Largest share of samples that may be dropped before this fails.
         overwrite: Replace the split if it is there.
+        json: Print one JSON object.
     """
     from mmrec.data.foreign import ForeignMapping, index_tars
 
@@ -367,11 +411,13 @@ def shards_index(
         overwrite=overwrite,
     )
     part = manifest.details["splits"][split]
-    print(f"{out}: {part['contents']:,} contents of split {split} in {part['shards']:,} tars")
-    print(f"  catalog: {manifest.details['catalog']:,} products")
+    catalog = manifest.details["catalog"]
+    lines = [f"{out}: {part['contents']:,} contents of split {split} in {part['shards']:,} tars"]
+    lines += [f"  catalog: {catalog:,} products"]
     for what in ("dropped", "images_skipped"):
         for reason, count in part[what].items():
-            print(f"  {what.replace('_', ' ')}: {reason}: {count:,}")
+            lines += [f"  {what.replace('_', ' ')}: {reason}: {count:,}"]
+    _tell("\n".join(lines), {"out": out, "split": split, "catalog": catalog, **part}, json=json)
 
 
 @app.command
@@ -416,7 +462,7 @@ def search(
         where: A condition on attributes: "price < 30 and category = 'shoes' and available".
         side: What a query is; left out, a content if the index holds products, and a product if contents.
         rerank: Score matches again at full width; left out, as the index was built.
-        encoder: Where the encoder is, if it is no longer where the index remembers it.
+        encoder: Where the encoder is, or hf://user/name, if it is not where the index remembers it.
         device: auto, cpu or cuda.
         json: Print one JSON object instead of a table.
     """
@@ -471,9 +517,10 @@ def evaluate(*, config: tyro.conf.OmitArgPrefixes[EvaluationConfig], json: bool 
         config: What is measured, and how.
         json: Print metrics.json instead of the table.
     """
+    from mmrec.model.download import local_encoder
     from mmrec.retrieval.evaluation import evaluate_to_folder, result_text, to_json
 
-    metrics = evaluate_to_folder(config)
+    metrics = evaluate_to_folder(replace(config, encoder=local_encoder(config.encoder)))
     print(to_json(metrics) if json else result_text(metrics, config.out))
 
 
@@ -522,6 +569,69 @@ def serve(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
         raise UserError(f"{error}; the service is an extra: pip install 'mmrec[serve]'") from None
 
     run_service(config)
+
+
+@export_app.command(name="onnx")
+def export_onnx(*, encoder: Path, out: Path, overwrite: bool = False, json: bool = False) -> None:
+    """Write an encoder as ONNX models: content.onnx, product.onnx, and preprocess.json beside them.
+
+    Any number of rows and of frames, with masks; outputs are compared with torch's before anything is kept.
+
+    Args:
+        encoder: An encoder's folder, or hf://user/name[@revision].
+        out: The folder to write.
+        overwrite: Replace the folder if it is there.
+        json: Print one JSON object.
+    """
+    from mmrec.model.download import local_encoder
+    from mmrec.model.onnx_export import OPSET
+    from mmrec.model.onnx_export import export_onnx as export
+
+    found = export(local_encoder(encoder), out, overwrite=overwrite)
+    differences = ", ".join(f"{side} {value:.0e}" for side, value in found.items())
+    text = f"exported to ONNX, opset {OPSET}: {out}; largest difference from torch: {differences}"
+    _tell(text, {"out": out, "opset": OPSET, "difference": found}, json=json)
+
+
+@hub_app.command(name="push")
+def hub_push(
+    *,
+    encoder: Path,
+    repo: str,
+    metrics: Path | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    json: bool = False,
+) -> None:
+    """Publish an encoder on the Hugging Face hub, with a model card of its figures and lineage.
+
+    `hf auth login`, or HF_TOKEN, says who you are; HF_ENDPOINT names another hub than huggingface.co.
+
+    Args:
+        encoder: An encoder's folder, such as runs/demo/train/encoder.
+        repo: The repository, user/name; it is made if it is missing.
+        metrics: The metrics.json of `mmrec evaluate`; left out, it is looked for near the encoder.
+        license: An identifier of the hub's, such as apache-2.0; left out, the card names none.
+        private: Make the repository private; left out, as the account's settings say.
+        revision: The branch to push to; main if left out.
+        json: Print one JSON object.
+    """
+    from mmrec.model.encoder import Encoder
+    from mmrec.model.hub import find_metrics, find_training, push_encoder, read_metrics_file
+
+    loaded = Encoder.load(encoder)
+    url = push_encoder(
+        loaded,
+        repo,
+        metrics=read_metrics_file(metrics) if metrics else find_metrics(encoder),
+        training=find_training(encoder),
+        license=license,
+        private=private,
+        revision=revision,
+    )
+    facts = {"encoder": loaded.fingerprint, "repo": repo, "commit": url}
+    _tell(f"pushed encoder {loaded.fingerprint}: {url}", facts, json=json)
 
 
 @app.command
@@ -587,11 +697,35 @@ def _inspect_shards(
             print(f"contact sheet: {report}")
 
 
+@app.command
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> None:
+    """Print what a shell reads to complete commands and flags: eval "$(mmrec completion bash)".
+
+    For zsh, write it to a file _mmrec in a folder of $fpath; for fish, to
+    ~/.config/fish/completions/mmrec.fish.
+
+    Args:
+        shell: The shell.
+    """
+    app.cli(prog="mmrec", args=["--tyro-print-completion", shell])
+
+
+def _tell(text: str, facts: Mapping[str, object], *, json: bool) -> None:
+    """Print what a command did, for a person or for a script."""
+    from json import dumps
+
+    print(dumps(facts, ensure_ascii=False, default=str) if json else text)
+
+
 def run_program(program: Callable[[], Result]) -> Result:
-    """Run a program; a `UserError`, or a refused flag, becomes one line on stderr and exit status 1."""
+    """Run a program; a `UserError`, or a refused flag, becomes one line on stderr and exit status 1.
+
+    --quiet is taken from any command line here: no progress bars.
+    """
     stop_with_launcher()
     try:
-        return refused_in_one_line(program)
+        with quiet_if_asked():
+            return refused_in_one_line(program)
     except UserError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
     except BrokenPipeError:
@@ -608,7 +742,7 @@ def main() -> None:
 
     # One line each, as errors are.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    run_program(lambda: app.cli(prog="mmrec", description="Match content to products."))
+    run_program(lambda: app.cli(prog="mmrec", description=DESCRIPTION))
 
 
 if __name__ == "__main__":

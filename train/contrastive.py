@@ -34,6 +34,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from tqdm import tqdm
 
+from mmrec.bars import is_quiet
 from mmrec.cli import run_program
 from mmrec.data.batches import AugmentConfig, PairBatch, PairDataset, number_products, pair_loader
 from mmrec.data.catalog import Catalog, attribute_groups
@@ -567,7 +568,8 @@ def main(config: TrainConfig) -> None:
             record({"step": progress.step, **{f"val/{name}": v for name, v in metrics.items()}})
             if run:
                 shown = "  ".join(f"{name} {v:.3f}" for name, v in metrics.items())
-                bar.write(f"step {progress.step}: val {shown}", file=sys.stderr)
+                if not is_quiet():
+                    bar.write(f"step {progress.step}: val {shown}", file=sys.stderr)
         # Equal is better: of two that score the same, the one that has learned longer.
         better = value is not None and (progress.best is None or value >= progress.best)
         if better or (value is None and progress.step == total_steps):
@@ -582,9 +584,9 @@ def main(config: TrainConfig) -> None:
         return replace(progress, evaluated_step=progress.step)
 
     # --- loop ----------------------------------------------------------------------------------
-    bar = tqdm(
-        total=total_steps, initial=progress.step, desc="train", unit="step", disable=run is None
-    )
+    # In a log, too, where nobody watches a terminal.
+    hidden = run is None or is_quiet()
+    bar = tqdm(total=total_steps, initial=progress.step, desc="train", unit="step", disable=hidden)
     agreement = Agreement()
     on_cpu = accelerator.device.type == "cpu"
     faults = FaultWatch(

@@ -23,8 +23,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from mmrec.bars import progress_bar
 from mmrec.data.media import decode_jpeg
 from mmrec.data.shards import (
     FAMILY_SPLITS,
@@ -446,7 +446,7 @@ def _run_all(tasks: Sequence[_Task], num_workers: int) -> list[TarIndex]:
 
 
 def _with_bar(results: Iterable[TarIndex], total: int) -> Iterator[TarIndex]:
-    yield from tqdm(results, total=total, desc="index", unit="tar", disable=None)
+    yield from progress_bar(results, total=total, desc="index", unit="tar")
 
 
 def _run(task: _Task) -> TarIndex:

@@ -20,8 +20,8 @@ from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from mmrec.bars import progress_bar
 from mmrec.data import foreign
 from mmrec.data.duplicates import HASH_BYTES, group_duplicates, hash_jpeg
 from mmrec.data.inspection import own_pictures, read_dropped
@@ -137,7 +137,7 @@ class _Shards:
         """Read all tars."""
         out = self.manifest.counts["out"]
         total = out["products"] + out["contents"]
-        with tqdm(total=total, desc="verify", unit="sample", disable=None) as progress:
+        with progress_bar(total=total, desc="verify", unit="sample") as progress:
             for split, names in self._names.items():
                 row = 0
                 for number, name in enumerate(names):

@@ -30,9 +30,15 @@ from mmrec.manifest import (
     read_manifest,
     write_manifest,
 )
+from mmrec.model.download import download_encoder, local_encoder
 from mmrec.model.fusion import AttentionPool, GatedSum, masked_mean
 from mmrec.model.layers import hold_frozen
 from mmrec.model.lora import count_parameters, merged_weights
+from mmrec.model.tokenizer_files import (
+    check_tokenizer_settings,
+    load_tokenizer,
+    save_tokenizer,
+)
 from mmrec.model.towers import build_tokenizer, build_towers
 from mmrec.model.widths import Views, check_widths, truncate
 from mmrec.ranges import Count, Positive
@@ -129,6 +135,8 @@ class Encoder(nn.Module):
             self.register_buffer(name, torch.tensor(self.pixels[name]) * 255, persistent=False)
         self.fingerprint: str | None = None
         """Set by `save` and `load`; None for an encoder that is not on disk."""
+        self.parents: list[Parent] = []
+        """What it was trained on, by record; set by `save` and `load`."""
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -291,7 +299,8 @@ class Encoder(nn.Module):
     ) -> str:
         """Write config.json, model.safetensors and a manifest; returns the encoder's fingerprint.
 
-        Raises `UserError` when the folder is there already and `overwrite` is false.
+        The files of a tokenizer that transformers reads go with them once it has been used. Raises
+        `UserError` when the folder is there already and `overwrite` is false.
         """
         with new_folder(folder, kind="encoder", overwrite=overwrite) as temporary:
             config = {
@@ -308,30 +317,35 @@ class Encoder(nn.Module):
             save_file(weights, temporary / "model.safetensors")
             digest = hash_file(temporary / "model.safetensors")
             self.fingerprint = _fingerprint(config, digest)
+            self.parents = parents or []
+            details: dict[str, Any] = {
+                "width": self.width,
+                "widths": self.widths,
+                "tokenizer": self.config.towers,
+            }
+            files = save_tokenizer(self._tokenizer, temporary) if self._tokenizer else {}
+            if files:
+                details["tokenizer_files"] = files
             write_manifest(
                 temporary,
                 Manifest(
                     kind="encoder",
                     config=asdict(self.config),
                     counts={"parameters": count_parameters(self)},
-                    parents=parents or [],
+                    parents=self.parents,
                     fingerprint=self.fingerprint,
-                    details={
-                        "width": self.width,
-                        "widths": self.widths,
-                        "tokenizer": self.config.towers,
-                    },
+                    details=details,
                 ),
             )
         return self.fingerprint
 
     @classmethod
     def load(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> "Encoder":
-        """Read an encoder written by `save`, ready to embed.
+        """Read an encoder written by `save`, ready to embed; `hf://user/name` is fetched from the hub.
 
         Raises `UserError` when the folder holds no encoder, or a broken one.
         """
-        folder = Path(folder)
+        folder = local_encoder(folder)
         manifest = read_manifest(folder, "encoder")
         try:
             text = (folder / "config.json").read_text(encoding="utf-8")
@@ -346,6 +360,7 @@ class Encoder(nn.Module):
                 f"{folder}: config or weights are not those that the manifest names "
                 f"({manifest.fingerprint}); export the encoder again"
             )
+        check_tokenizer_settings(config["towers"])
         known = {field.name for field in fields(EncoderConfig)}
         own = {k: v for k, v in config["encoder"].items() if k in known}
         own["widths"] = tuple(own.get("widths", ()))  # JSON has lists alone
@@ -361,7 +376,66 @@ class Encoder(nn.Module):
                 f"{folder}: weights and config do not fit: {str(error)[:300]}"
             ) from None
         encoder.fingerprint = manifest.fingerprint
+        encoder.parents = manifest.parents
+        files = manifest.details.get("tokenizer_files", {})
+        encoder._tokenizer = load_tokenizer(folder, encoder.model_config, files)
         return encoder.eval().to(device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: Path | str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Encoder":
+        """Read an encoder from a folder, or from a repository of the Hugging Face hub ("user/name").
+
+        `revision` is a branch, a tag or a commit; `token` is for a private repository, where
+        `hf auth login` or HF_TOKEN has not said it already. What was fetched is kept in the hub's cache, and
+        compared with the encoder's fingerprint; nothing in it is run or unpickled.
+
+        Raises `UserError` where there is no such repository or it cannot be fetched, and as `load` does.
+        """
+        if Path(repo_or_folder).is_dir():
+            if revision is not None:
+                raise UserError(
+                    f"{repo_or_folder}: is a folder, which has no revision; leave it out"
+                )
+            return cls.load(repo_or_folder, device=device)
+        folder = download_encoder(str(repo_or_folder), revision=revision, token=token)
+        return cls.load(folder, device=device)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Publish the encoder on the Hugging Face hub with a model card; returns the commit's URL.
+
+        `metrics` is what `mmrec evaluate` wrote to metrics.json, and `license` an identifier of the hub's
+        (apache-2.0); the card has either only where it is given. The repository is made if it is missing;
+        `private` says how. Files that an earlier push left, and this one lacks, are removed.
+
+        Raises `UserError` where metrics are another encoder's, or the hub refuses.
+        """
+        from mmrec.model.hub import push_encoder
+
+        return push_encoder(
+            self,
+            repo_id,
+            metrics=metrics,
+            license=license,
+            private=private,
+            revision=revision,
+            token=token,
+        )
 
 
 def _fingerprint(config: Mapping[str, Any], weights: str) -> str:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
+from mmrec.bars import progress_bar
 from mmrec.data.storage import media_address, place
 from mmrec.errors import UserError
 from mmrec.manifest import FILE_NAME, check_no_file
@@ -200,7 +201,10 @@ def _write_matches(
     temporary = out.parent / f".{out.name}.tmp"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with pq.ParquetWriter(temporary, schema) as writer:
+        with (
+            pq.ParquetWriter(temporary, schema) as writer,
+            progress_bar(desc="match", unit="query") as bar,
+        ):
             for names, vectors in parts:
                 result = index.search(vectors, k, where=where, rerank=rerank)
                 lengths = [len(found) for found in result.ids]
@@ -212,6 +216,7 @@ def _write_matches(
                 ]
                 writer.write_table(pa.table(columns, schema=schema))
                 queries, matches = queries + len(names), matches + sum(lengths)
+                bar.update(len(names))
         temporary.rename(out)
     finally:
         temporary.unlink(missing_ok=True)

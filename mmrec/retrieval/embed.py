@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Float32
-from tqdm import tqdm
 
 import mmrec
 from mmrec import distributed
+from mmrec.bars import progress_bar
 from mmrec.data.batches import item_loader
 from mmrec.data.shards import ShardReader, open_shards
 from mmrec.data.storage import Place, is_file, write_bytes_whole
@@ -140,9 +140,8 @@ def embed_views(
     parts: dict[str, list[np.ndarray]] = {name: [] for name in VIEWS[side]}
     was_training = encoder.training
     encoder.eval()
-    with tqdm(
-        total=len(own), desc=progress, unit=side, disable=progress is None or rank > 0
-    ) as bar:
+    shown = progress is not None and rank == 0
+    with progress_bar(total=len(own), desc=progress, unit=side, shown=shown) as bar:
         for batch in loader:
             with torch.inference_mode():
                 views = encoder.views(batch.to(encoder.device), side)
@@ -294,7 +293,7 @@ def embed_parts(
     name = progress if world == 1 else f"{progress}, 1 of {world} processes"
     encoder.eval()
     batches = iter(loader) if len(rows) else iter(())
-    with tqdm(total=len(rows), desc=name, unit=side, disable=rank > 0) as bar:
+    with progress_bar(total=len(rows), desc=name, unit=side, shown=rank == 0) as bar:
         for number in numbers:
             vectors = np.empty((sizes[number], encoder.width), np.float32)
             filled = 0

@@ -12,7 +12,7 @@ class EvaluationConfig:
     """An encoder, what it is measured on, and what beside it."""
 
     encoder: Path
-    """An encoder's folder."""
+    """An encoder's folder, or hf://user/name[@revision]."""
     shards: Path
     """The shards it was trained on, for their val or test split."""
     out: Path

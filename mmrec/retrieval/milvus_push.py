@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from tqdm import tqdm
 
+from mmrec.bars import progress_bar
 from mmrec.data.storage import joined
 from mmrec.errors import UserError
 from mmrec.manifest import Manifest, Parent, fingerprint_of
@@ -170,7 +170,7 @@ def _send(server: Server, staging: str, index: ProductIndex, facts: Facts, progr
     products, columns = index.products, columns_of(facts.schema)
     ids = products[index.key].to_pylist()
     resuming, resumed = len(filling) > 0, 0
-    for start in tqdm(range(0, len(ids), BATCH), desc="push", disable=not progress):
+    for start in progress_bar(range(0, len(ids), BATCH), desc="push", shown=progress):
         batch = ids[start : start + BATCH]
         there = filling.present(batch) if resuming else set()
         there -= set(_differing(filling, index, [id_ for id_ in batch if id_ in there]))

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int64, UInt64
 
+from mmrec.bars import progress_bar
 from mmrec.manifest import Manifest, Parent
 from mmrec.retrieval.base import finish_base, narrowed, write_products
 from mmrec.retrieval.faiss_base import (
@@ -193,7 +194,7 @@ def _survey(
     drawn = np.sort(drawn)
     sample, hashes, tables, files = [], [], [], []
     start = 0
-    for part in parts.parts:
+    for part in progress_bar(parts.parts, desc="check", unit="part"):
         files.append(check_files(part))
         ids, metadata = read_metadata(part, parts.id_column)
         hashes.append(hash_ids(ids))
@@ -241,7 +242,7 @@ def _check_distinct(order: UInt64[np.ndarray, "2 N"], ids: pa.ChunkedArray) -> N
 
 def _unit_vectors(parts: Parts, rows_at_once: int) -> Iterator[Float32[np.ndarray, "M D"]]:
     """All vectors as float32 of length one; they have been checked."""
-    for part in parts.parts:
+    for part in progress_bar(parts.parts, desc="index", unit="part"):
         for raw in read_stretches(part, rows_at_once):
             vectors = raw.astype(np.float32)
             yield vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,0 +1,40 @@
+"""Progress bars: on a terminal alone, and not under --quiet."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_quiet = False
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, shown: bool = True, **settings: Any
+) -> Any:
+    """Tqdm's bar of these settings, which shows itself where `shown`, on a terminal, without --quiet."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, disable=None if shown and not _quiet else True, **settings)
+
+
+def bars_are_seen() -> bool:
+    """Whether somebody watches: stderr is a terminal, and --quiet was not given."""
+    return sys.stderr.isatty() and not _quiet
+
+
+def is_quiet() -> bool:
+    """Whether --quiet was given."""
+    return _quiet
+
+
+@contextmanager
+def quiet_if_asked() -> Iterator[None]:
+    """Take --quiet from the command line, wherever it stands; no bar shows itself in this block then."""
+    global _quiet
+    before, given = _quiet, sys.argv
+    _quiet = _quiet or "--quiet" in given
+    sys.argv = [word for word in given if word != "--quiet"]
+    try:
+        yield
+    finally:
+        _quiet, sys.argv = before, given
