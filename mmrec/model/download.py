@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mmrec.bars import bars_are_seen
 from mmrec.errors import UserError
@@ -60,26 +61,27 @@ def told_by_the_hub(named: str) -> Iterator[None]:
         enable_progress_bars,
     )
 
+    # Its own error derives from that of the HTTP client that this version of the hub's library uses.
+    refusals: Any = (*errors.HfHubHTTPError.__bases__, OSError, RuntimeError)
     hides = not bars_are_seen() and not are_progress_bars_disabled()
     try:
         if hides:
             disable_progress_bars()
         yield
-    # Its own error derives from that of the HTTP client that this version of the hub's library uses.
-    except (
-        *errors.HfHubHTTPError.__bases__,
-        *(OSError, RuntimeError, errors.HFValidationError),
-    ) as error:
-        mend = next((_MENDS[k.__name__] for k in type(error).__mro__ if k.__name__ in _MENDS), None)
-        if mend is None:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            mend = f"status {status}: " if status else ""
-            mend += " ".join(str(error).split())[:200]
-            if status in (401, 403):
-                mend = (
-                    "not allowed: `hf auth login`, or HF_TOKEN, with a token that may write there"
-                )
-        raise UserError(f"{named} at {constants.ENDPOINT}: {mend}") from None
+    except (*refusals, errors.HFValidationError) as error:
+        raise UserError(f"{named} at {constants.ENDPOINT}: {_mend(error)}") from None
     finally:
         if hides:
             enable_progress_bars()
+
+
+def _mend(error: Exception) -> str:
+    """What to do about an error of the hub, or what it says where nobody knows."""
+    for kind in type(error).__mro__:
+        if kind.__name__ in _MENDS:
+            return _MENDS[kind.__name__]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "not allowed: `hf auth login`, or HF_TOKEN, with a token that may write there"
+    said = " ".join(str(error).split())[:200]
+    return f"status {status}: {said}" if status else said

@@ -421,7 +421,8 @@ class Encoder(nn.Module):
 
         `metrics` is what `mmrec evaluate` wrote to metrics.json, and `license` an identifier of the hub's
         (apache-2.0); the card has either only where it is given. The repository is made if it is missing;
-        `private` says how. Files that an earlier push left, and this one lacks, are removed.
+        `private` says how. Of an earlier push the card is replaced; its figures and tokenizer are removed. A
+        text tower of transformers (hf_model_name) still has its config fetched from where it came from.
 
         Raises `UserError` where metrics are another encoder's, or the hub refuses.
         """
