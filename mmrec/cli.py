@@ -14,7 +14,7 @@ import tyro
 
 from mmrec.bars import quiet_if_asked
 from mmrec.errors import UserError
-from mmrec.flags import refused_in_one_line
+from mmrec.flags import refused_in_one_line, without_typeguard
 from mmrec.launcher import stop_with_launcher
 from mmrec.retrieval.evaluation_config import EvaluationConfig
 from mmrec.serve.config import ServeConfig
@@ -724,7 +724,7 @@ def run_program(program: Callable[[], Result]) -> Result:
     """
     stop_with_launcher()
     try:
-        with quiet_if_asked():
+        with quiet_if_asked(), without_typeguard():
             return refused_in_one_line(program)
     except UserError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)

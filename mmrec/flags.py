@@ -3,8 +3,8 @@
 import io
 import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -16,8 +16,33 @@ try:
     from tyro._errors import on_parse_error
 except ImportError:
     on_parse_error = None
+try:
+    # Not public either: without it commands take a quarter of a second longer to begin.
+    from tyro import MISSING, MISSING_NONPROP, _resolver
+except ImportError:
+    _resolver = None
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def without_typeguard() -> Iterator[None]:
+    """Spare tyro the import of typeguard, which takes more time than all else that `--help` does.
+
+    tyro imports it to ask whether "no default" fits a command, and takes no notice of the answer.
+    """
+    own = getattr(_resolver, "is_instance", None)
+    if _resolver is None or own is None:
+        yield
+        return
+    absent = (MISSING, MISSING_NONPROP)
+    _resolver.is_instance = lambda typ, value: (
+        not any(value is one for one in absent) and own(typ, value)
+    )
+    try:
+        yield
+    finally:
+        _resolver.is_instance = own
 
 
 class _Refused(Exception):

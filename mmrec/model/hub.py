@@ -202,7 +202,7 @@ def _results(metrics: Mapping[str, Any]) -> Iterator[Any]:
                     dataset_type=f"mmrec-shards-{metrics.get('shards')}",
                     dataset_name=f"{metrics['queries']} contents, {metrics['gallery']} products",
                     dataset_config=name,
-                    dataset_split=metrics.get("split", "test"),
+                    dataset_split=metrics.get("split"),
                     metric_type=metric.lower().replace("@", "_at_"),
                     metric_name=metric,
                     metric_value=round(metrics["slices"][name][metric], 4),
