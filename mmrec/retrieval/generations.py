@@ -31,6 +31,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
+from mmrec.bars import progress_bar
 from mmrec.errors import UserError
 from mmrec.manifest import (
     FILE_NAME,
@@ -160,7 +161,7 @@ def read_record(generation: Path, *, verify: bool) -> Generation:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a record that this version reads ({error!r})") from None
     _check_seal(generation, verify=verify)
-    for name, size in sizes.items():
+    for name, size in progress_bar(sizes.items(), desc="verify", unit="file", shown=verify):
         file = generation / name
         found = file.stat().st_size if file.is_file() else None
         if found is None:

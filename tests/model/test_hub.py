@@ -275,13 +275,18 @@ def test_a_config_cannot_ask_for_code_to_be_run(words: Path, tmp_path: Path) -> 
 
 
 def test_the_command_finds_figures_and_run(
-    hub: Hub, trained: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Hub,
+    trained: Path,
+    tiny_shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = trained / "encoder"
     assert find_metrics(folder) is None
-    cli.evaluate(
-        encoder=folder, shards=tiny_shards, out=trained.parent / "hub-evaluation", untrained=False
-    )
+    command = f"mmrec evaluate --encoder {folder} --shards {tiny_shards} --no-untrained"
+    out = trained.parent / "hub-evaluation"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(out)])
+    cli.main()
     metrics = find_metrics(folder)
     assert metrics
     assert metrics["encoder"] == read_manifest(folder).fingerprint
