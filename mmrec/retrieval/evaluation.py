@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float32
-from tqdm import tqdm
 
 import mmrec
+from mmrec.bars import progress_bar
 from mmrec.data.media import decode_jpeg, encode_jpeg
 from mmrec.data.shards import ShardReader, image_name
 from mmrec.errors import UserError
@@ -275,13 +275,10 @@ def check_same_shards(encoder: Path, shards: Path) -> None:
 
 
 def _embed(encoder: Encoder, gallery: Gallery, name: str, config: EvaluationConfig) -> _Embedded:
-    def bar(what: str) -> str | None:
-        return None if config.quiet else f"{name}: {what}"
-
     sizes = {"batch_size": config.batch_size, "num_workers": config.num_workers}
     return _Embedded(
-        queries=embed_views(encoder, gallery.contents, progress=bar("contents"), **sizes),
-        products=embed_rows(encoder, gallery.catalog, progress=bar("products"), **sizes),
+        queries=embed_views(encoder, gallery.contents, progress=f"{name}: contents", **sizes),
+        products=embed_rows(encoder, gallery.catalog, progress=f"{name}: products", **sizes),
     )
 
 
@@ -463,9 +460,7 @@ def _baselines(
         [meta["title"] for meta in metas]
         for metas in (gallery.content_metas, gallery.product_metas)
     ]
-    histograms = [
-        _histograms(reader, config.quiet) for reader in (gallery.contents, gallery.catalog)
-    ]
+    histograms = [_histograms(reader) for reader in (gallery.contents, gallery.catalog)]
     scores = {
         "popularity": popularity_scores(train_links, len(gallery.contents)),
         "title overlap": title_overlap_scores(*titles),
@@ -474,10 +469,11 @@ def _baselines(
     return {name: rank_relevant_scores(matrix, gallery.relevant) for name, matrix in scores.items()}
 
 
-def _histograms(reader: ShardReader, quiet: bool) -> Float32[np.ndarray, "Q 512"]:
+def _histograms(reader: ShardReader) -> Float32[np.ndarray, "Q 512"]:
     rows = []
-    bar = {"desc": "color histogram", "unit": reader.family, "leave": False, "disable": quiet}
-    for row in tqdm(range(len(reader)), **bar):
+    for row in progress_bar(
+        range(len(reader)), desc="color histogram", unit=reader.family, leave=False
+    ):
         wanted: Sequence[str] = [n for n in reader.names(row) if n[0] in "fi"]
         pictures = [
             decode_jpeg(data).permute(1, 2, 0).numpy() for data in reader.read(row, wanted).values()

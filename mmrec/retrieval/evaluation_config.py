@@ -41,8 +41,6 @@ class EvaluationConfig:
     """Items encoded at a time."""
     num_workers: int = 0
     """Processes that read and decode; 0 does it in this one."""
-    quiet: bool = False
-    """No progress bars."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` for what cannot be."""

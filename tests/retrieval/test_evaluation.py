@@ -49,7 +49,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
         index=folder / "index",
         slice_by=("price", "level"),
         num_cards=4,
-        quiet=True,
     )
 
 
