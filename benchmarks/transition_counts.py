@@ -7,7 +7,7 @@ The sessions are made by data_prep/amazon_reviews.py. Popularity and windowed tr
 (mmrec/generative/baselines.py says what they are) rank the last product of each user. The counts stop before
 the validation product, which is in the history that is asked; a second row counts it too, as a model would
 have it that is fitted again before it serves. The last line is one JSON object. With --peer NAME a ratio is
-that of R@10 or N@10 over the figure in TIGER's paper (Rajput et al., 2023, table 1), where seen products stay.
+that of R@10 or N@10 over the figure in TIGER's paper (Rajput et al., 2023, table 1), where seen ones stay.
 """
 
 import json
