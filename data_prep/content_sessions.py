@@ -14,6 +14,8 @@ and, for whoever wants to look, the attribute values that each user likes best. 
 Takes seconds. Contents keep to their splits: before its last purchase a user watches contents of the test
 split, before the one that precedes it of the validation split, else of the training split. So under
 leave-one-out an encoder trained on the tables has seen nothing of what a test query shows.
+
+Shape letters: N catalogue size, C contents of a split, P products of a content.
 """
 
 from collections import defaultdict
@@ -70,8 +72,8 @@ class Shelf:
     """The contents of one split, and the products that they lead to."""
 
     content_ids: list[str]
-    products: list[list[int]]
-    """Catalogue rows of each content's products."""
+    products: Int[np.ndarray, "C P"]
+    """Catalogue rows of each content's products; the first one again where there are fewer."""
 
 
 def main(config: ContentSessionsConfig) -> Sessions:
@@ -80,13 +82,15 @@ def main(config: ContentSessionsConfig) -> Sessions:
     tables = read_tables(config.tables)
     attributes = attribute_codes(tables)
     shelves = shelve_contents(tables)
+    product_ids = tables.products["product_id"].to_pylist()
     if len(tables.products) < config.max_events:
         raise UserError(
             f"--max-events {config.max_events}: expected at most {len(tables.products)}, the number of "
             "products"
         )
     rows = [
-        draw_user(config, number, tables, attributes, shelves) for number in range(config.num_users)
+        draw_user(config, number, product_ids, attributes, shelves)
+        for number in range(config.num_users)
     ]
     counts = {
         "users": len(rows),
@@ -151,25 +155,32 @@ def shelve_contents(tables: Tables) -> dict[str, Shelf]:
         own = [content for content in products if split_of[content] in (split, None)]
         if not own:
             raise UserError(f"{tables.root}: no content of split {split} has a link")
-        shelves[split] = Shelf(content_ids=own, products=[products[content] for content in own])
+        most = max(len(products[content]) for content in own)
+        filled = [
+            products[content] + products[content][:1] * (most - len(products[content]))
+            for content in own
+        ]
+        shelves[split] = Shelf(content_ids=own, products=np.array(filled))
     return shelves
 
 
 def draw_user(
     config: ContentSessionsConfig,
     number: int,
-    tables: Tables,
+    product_ids: list[str],
     attributes: dict[str, tuple[list[str], Int[np.ndarray, " N"]]],
     shelves: dict[str, Shelf],
 ) -> dict[str, Any]:
     """One row of the sessions' table. A user depends on the seed and the number alone."""
     generator = np.random.default_rng([config.seed, number])
-    liking = np.zeros(len(tables.products))
+    liking = np.zeros(len(product_ids))
     likes = []
     for values, codes in attributes.values():
         of_value = generator.normal(0, config.taste, len(values))
         liking += of_value[codes]
         likes.append(values[int(of_value.argmax())])
+    # What a content is watched for: the product in it that is liked best.
+    appeal = {split: liking[shelf.products].max(axis=1) for split, shelf in shelves.items()}
     num_events = int(
         generator.integers(config.min_events, max(config.min_events, config.max_events) + 1)
     )
@@ -179,33 +190,25 @@ def draw_user(
     watched: list[str] = []
     watch_times: list[int] = []
     for place in range(num_events):
-        shelf = shelves[{1: "test", 2: "val"}.get(num_events - place, "train")]
+        split = {1: "test", 2: "val"}.get(num_events - place, "train")
+        shelf = shelves[split]
         moment += int(generator.exponential(7 * DAY)) + 3600
-        chosen = _draw_contents(generator, shelf, liking, config.watched)
+        # The largest of utility plus Gumbel noise are a draw without replacement from its softmax.
+        noisy = appeal[split] + generator.gumbel(size=len(appeal[split]))
+        chosen = np.argsort(-noisy)[: config.watched].tolist()
         watched += [shelf.content_ids[content] for content in chosen]
         watch_times += [moment - 60 * (len(chosen) - i) for i in range(len(chosen))]
-        shown = {product for content in chosen for product in shelf.products[content]}
-        bought.append(_draw_purchase(generator, liking, sorted(shown), bought, config.follow))
+        shown = np.unique(shelf.products[chosen]).tolist()
+        bought.append(_draw_purchase(generator, liking, shown, bought, config.follow))
         times.append(moment)
-    product_ids = tables.products["product_id"]
     return {
         "user_id": f"u{number:05d}",
-        "item_ids": [product_ids[row].as_py() for row in bought],
+        "item_ids": [product_ids[row] for row in bought],
         "times": times,
         "content_ids": watched,
         "content_times": watch_times,
         "likes": likes,
     }
-
-
-def _draw_contents(
-    generator: np.random.Generator, shelf: Shelf, liking: Float[np.ndarray, " N"], count: int
-) -> list[int]:
-    """Different contents, those with products that are liked more often than others."""
-    best = np.array([liking[products].max() for products in shelf.products])
-    # The largest of utility plus Gumbel noise are a draw without replacement from its softmax.
-    noisy = best + generator.gumbel(size=len(best))
-    return np.argsort(-noisy)[:count].tolist()
 
 
 def _draw_purchase(
