@@ -46,6 +46,8 @@ class RankedProducts:
     """Catalogue rows; -1 where a list is shorter."""
     scores: Float[np.ndarray, "Q K"]
     """Higher is better; what stands beside -1 is not read."""
+    id_table: Int[np.ndarray, "N _L"] | None = None
+    """The semantic ID of each catalogue row, to say by how much counting IDs would inflate the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,6 +387,8 @@ def _figures(
         products, ids, id_of = expand_ids(scores)
     elif isinstance(scores, RankedProducts):
         products = list_scores(scores, num_products)
+        if scores.id_table is not None:
+            ids, id_of = _listed_ids(scores, scores.id_table)
     else:
         products = scores
     if (found := matrix_shape(products)[1]) != num_products:
@@ -403,6 +407,16 @@ def _figures(
             values=values,
         )
     return figures
+
+
+def _listed_ids(
+    ranked: RankedProducts, id_table: Int[np.ndarray, "N L"]
+) -> tuple[sparse.csr_array, Int[np.ndarray, " N"]]:
+    """The IDs of listed products as scores (Q, I), and the ID number of each product."""
+    different, id_of = np.unique(id_table, axis=0, return_inverse=True)
+    id_of = id_of.reshape(-1)
+    listed = np.where(ranked.products >= 0, id_of[ranked.products], -1)
+    return list_scores(RankedProducts(products=listed, scores=ranked.scores), len(different)), id_of
 
 
 def _inflation(

@@ -1,0 +1,76 @@
+"""Ranked lists on disk: what a generator recommends to users, in the rows of a split.
+
+A file of lists is Parquet with user_id, item_ids (product ids, best first) and scores, as train/generator.py
+writes it. Shape letters: Q queries, K places of a list, N catalogue size, L codes of an ID.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int
+
+from mmrec.errors import UserError
+from mmrec.generative.evaluation import RankedProducts, check_id_table
+from mmrec.generative.sessions import Sessions, Split
+
+
+def read_lists(
+    path: Path, sessions: Sessions, split: Split
+) -> tuple[RankedProducts, dict[str, int]]:
+    """The lists of a file in the order of a split's queries, and how much of the file was not used.
+
+    Product ids that are not in the catalogue are left out and counted, and so are queries without a list,
+    which find nothing. Raises `UserError` for a file of another form, for scores that are not as many as
+    products, and where no query has a list.
+    """
+    try:
+        table = pq.read_table(path, columns=["user_id", "item_ids", "scores"])
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: expected Parquet with user_id, item_ids and scores, found: {reason}"
+        ) from None
+    lists = {str(row["user_id"]): row for row in table.to_pylist()}
+    rows = {product: row for row, product in enumerate(sessions.product_ids)}
+    wanted = [lists.get(sessions.user_ids[user]) for user in split.queries]
+    longest = max((len(row["item_ids"]) for row in wanted if row), default=0)
+    products = np.full((len(wanted), longest), -1)
+    scores = np.zeros((len(wanted), longest))
+    unknown = 0
+    for query, row in enumerate(wanted):
+        if row is None:
+            continue
+        if len(row["item_ids"]) != len(row["scores"]):
+            raise UserError(
+                f"{path}: user {row['user_id']}: {len(row['scores'])} scores for "
+                f"{len(row['item_ids'])} products"
+            )
+        found = np.array([rows.get(product, -1) for product in row["item_ids"]], np.int64)
+        products[query, : len(found)] = found
+        scores[query, : len(found)] = row["scores"]
+        unknown += int(np.count_nonzero(found < 0))
+    without = sum(row is None for row in wanted)
+    if without == len(wanted):
+        raise UserError(
+            f"{path}: has no list for any of {len(wanted):,} users; is it of these sessions?"
+        )
+    dropped = {"unknown product id": unknown, "user without a list": without}
+    return RankedProducts(products=products, scores=scores), {k: v for k, v in dropped.items() if v}
+
+
+def read_id_table(folder: Path, sessions: Sessions) -> Int[np.ndarray, "N L"]:
+    """The semantic ID of each catalogue row, without the code that tells equal IDs apart.
+
+    `folder` is one that train/semantic_ids.py writes. Raises `UserError` where it is of another catalogue.
+    """
+    path = folder / "products.parquet"
+    try:
+        table = pq.read_table(path, columns=["product_id", "codes"])
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: expected a table of semantic IDs, found: {reason}") from None
+    codes = np.array(table["codes"].to_pylist(), np.int64)[:, :-1]
+    order = check_id_table(table["product_id"].to_pylist(), sessions.product_ids, where=str(folder))
+    return codes[order]
