@@ -63,7 +63,7 @@ class GeneratorConfig:
     max_items: Count = 20
     """Products of a history that are looked at, the latest."""
     content_width: CountOrZero = 0
-    """V; 0 where no contents are given."""
+    """V; 0 without contents. A training program sets it to what it is given."""
 
 
 class Generator(nn.Module):
@@ -258,7 +258,7 @@ class Generator(nn.Module):
         rows = torch.arange(len(latest), device=self.device)
         start = prompt[:, 0].clone()
         prompt[rows, gap] = start
-        present = torch.cat([torch.zeros_like(filled[:, :1]), filled], dim=1)
+        present = torch.cat([filled.new_zeros(len(latest), 1), filled], dim=1)
         present[rows, gap] = True
         return beam_search(self, prompt, present, trie=trie, num_beams=num_beams)
 

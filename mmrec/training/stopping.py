@@ -60,11 +60,11 @@ class StopSignals:
             os.write(2, text.encode())  # A print could meet another one half done.
 
 
-def stop_message(number: int, run: Path) -> str:
+def stop_message(number: int, run: Path, *, program: str = "train/contrastive.py") -> str:
     """What a stopped run says: why it ended, where it is, and how it goes on."""
     return (
         f"stopped by {signal.Signals(number).name}; checkpoint: {list_checkpoints(run)[-1]}\n"
-        f"go on with: accelerate launch train/contrastive.py {run / 'config.json'} --resume"
+        f"go on with: accelerate launch {program} {run / 'config.json'} --resume"
     )
 
 
