@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmrec.generative.recommender import Recommender as Recommender
     from mmrec.model.encoder import Encoder as Encoder
     from mmrec.retrieval.index import ProductIndex as ProductIndex
     from mmrec.retrieval.matcher import Matcher as Matcher
@@ -19,8 +20,9 @@ _HOMES = {
     "Matcher": "mmrec.retrieval.matcher",
     "Matches": "mmrec.retrieval.matches",
     "ProductIndex": "mmrec.retrieval.index",
+    "Recommender": "mmrec.generative.recommender",
 }
-__all__ = ["Encoder", "Matcher", "Matches", "ProductIndex", "__version__"]
+__all__ = ["Encoder", "Matcher", "Matches", "ProductIndex", "Recommender", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""The `mmrec` command: shards, embed, index, search, evaluate, compare, export, hub, serve, inspect.
+"""The `mmrec` command: shards, embed, index, search, recommend, evaluate, compare, export, hub,
+serve, inspect.
 
 Nothing heavy is imported until a command runs, so that `mmrec --help` answers at once.
 """
@@ -695,6 +696,63 @@ def _inspect_shards(
         print(f"{describe(folder)}\n\n{format_summary(summary)}")
         if report is not None:
             print(f"contact sheet: {report}")
+
+
+@app.command
+def recommend(
+    *,
+    generator: Path,
+    history: tuple[str, ...] = (),
+    video: str | None = None,
+    images: tuple[str, ...] = (),
+    title: str | None = None,
+    k: int = 10,
+    num_beams: int | None = None,
+    seen: bool = True,
+    unavailable: Path | None = None,
+    ids: Path | None = None,
+    encoder: Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    json: bool = False,
+) -> None:
+    """Generate the products that a history, a content, or both lead to.
+
+    Args:
+        generator: A run of train/generator.py.
+        history: Ids of products, oldest first; unknown ones are left out and counted.
+        video: A video file or URL.
+        images: Picture files or URLs, instead of a video.
+        title: The content's title.
+        k: How many products to recommend.
+        num_beams: Beams of the search; left out, twice k or 50.
+        seen: Whether products of the history may come again.
+        unavailable: A text file of product ids that must not come, one a line.
+        ids: The semantic IDs, where they are not where they were, or were extended since.
+        encoder: Where the encoder is, if it is no longer where the IDs remember it.
+        device: auto, cpu or cuda.
+        json: Print one JSON object instead of a table.
+    """
+    from json import dumps
+
+    from mmrec.generative.recommender import Recommender
+
+    recommender = Recommender.load(generator, ids=ids, encoder=encoder, device=device)
+    if unavailable is not None:
+        try:
+            lines = unavailable.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{unavailable}: cannot be read as text ({error})") from None
+        recommender.set_unavailable(line.strip() for line in lines if line.strip())
+    found = recommender.recommend(
+        history, video=video, images=images, title=title, k=k, num_beams=num_beams, seen=seen
+    )
+    if json:
+        print(dumps(found.to_dict(), ensure_ascii=False))
+        return
+    if found.unknown_items:
+        print(f"{found.unknown_items} products of the history have no ID and were left out")
+    for place, one in enumerate(found, 1):
+        print(f"{place:3}  {one.score:8.3f}  {one.product_id}")
 
 
 @app.command

@@ -144,11 +144,11 @@ METRIC = "R@10"
 
 def parse(arguments: list[str]) -> GeneratorTraining:
     """Read an earlier run's config.json, if one is given, and the flags that override it."""
-    default: Any = tyro.MISSING
+    earlier = {}
     if arguments and arguments[0].endswith(".json"):
-        default = read_config(Path(arguments[0]), GeneratorTraining)
+        earlier = {"default": read_config(Path(arguments[0]), GeneratorTraining)}
         arguments = arguments[1:]
-    return tyro.cli(GeneratorTraining, default=default, args=arguments, prog="generator.py")
+    return tyro.cli(GeneratorTraining, args=arguments, prog="generator.py", **earlier)
 
 
 def check(config: GeneratorTraining) -> Path | None:

@@ -147,6 +147,17 @@ def test_sessions_of_another_catalogue_are_refused(ids: Path, tmp_path: Path) ->
         run(tmp_path / "run", ids)
 
 
+def test_flags_override_an_earlier_config(tmp_path: Path) -> None:
+    program = load_program("train/generator.py")
+    first = program.parse(
+        ["--ids", "ids", "--out", "out", "--model.layers", "2", "--sessions", "s"]
+    )
+    assert (first.model.layers, first.epochs) == (2, program.GeneratorTraining.epochs)
+    program.RunFolder(tmp_path, first, from_step=None)
+    again = program.parse([str(tmp_path / "config.json"), "--resume"])
+    assert again == replace(first, resume=True)
+
+
 def test_training_sees_nothing_held_out() -> None:
     items = [["a", "b", "c", "d"], ["a", "b", "c"], ["a", "b"]]
     assert without_last(items, 2) == [["a", "b"], ["a"], ["a", "b"]]
