@@ -74,10 +74,11 @@ def beam_search(
 
         score(ID) = sum over levels of log softmax(logits of that level)[code]
 
-    The softmax is over all codes of a level, so that a score is the model's own probability of the product,
-    and does not depend on what else is in stock. Without a trie any codes may follow. With as many beams as
-    there are products the result is exact; with fewer, a product is lost where its first codes are not among
-    the beams.
+    The softmax is over all codes of a level, so that it is the model's own probability. That of the appended
+    code, which only tells products of one cell apart, is over the available products of the cell: it is asked
+    for where there are several, and else costs nothing. Without a trie any codes may follow. With as many
+    beams as there are products the result is exact; with fewer, a product is lost where its first codes are
+    not among the beams.
     """
     users, length, _ = prompt.shape
     device = prompt.device
@@ -88,64 +89,93 @@ def beam_search(
     states = decoder.hidden(prompt, mask=_additive(seen, prompt), positions=positions, cache=cache)
     hidden = states[:, -1:]  # (B, 1, D)
     place = positions[:, -1:]
+    last = len(decoder.sizes) - 1
     scores = torch.zeros(users, 1, device=device)
     nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
     path = torch.zeros(users, 1, 0, dtype=torch.int64, device=device)
     # Where each beam's own codes lie among those that beams have added to the cache.
     own = path
     added = 0
-    for level in range(len(decoder.sizes)):
-        logits = decoder.logits(hidden, level).float()  # (B, W, K)
-        codes, nodes, scores, parents = _best(logits, scores, nodes, trie, level, num_beams)
-        path = torch.cat([_take(path, parents), codes[..., None]], dim=2)
-        if level + 1 == len(decoder.sizes):
-            break
-        beams = codes.shape[1]
-        slots = torch.arange(added, added + beams, device=device).expand(users, beams)
-        own = torch.cat([_take(own, parents), slots[..., None]], dim=2)
-        added += beams
-        branch = torch.zeros(users, beams, added, dtype=torch.bool, device=device)
-        branch.scatter_(2, own, True)
-        seen = torch.cat([present[:, None, :].expand(-1, beams, -1), branch], dim=2)
-        hidden = decoder.hidden(
-            decoder.embed_codes(codes, level),
-            mask=_additive(seen, prompt),
-            positions=(place + level + 1).expand(-1, beams),
+
+    def extend(chosen: Int64[Tensor, "B n"] | None, level: int) -> Float[Tensor, "B n D"]:
+        """The states after the last codes of all beams, or of chosen ones, whose keys the cache gets."""
+        nonlocal own, added
+        codes = path[:, :, -1]
+        lines = own
+        if chosen is not None:
+            codes, lines = codes.gather(1, chosen), _take(own, chosen)
+        slots = torch.arange(added, added + codes.shape[1], device=device).expand_as(codes)
+        lines = torch.cat([lines, slots[..., None]], dim=2)
+        added += codes.shape[1]
+        branch = torch.zeros(*codes.shape, added, dtype=torch.bool, device=device)
+        branch.scatter_(2, lines, True)
+        visible = torch.cat([present[:, None, :].expand(-1, codes.shape[1], -1), branch], dim=2)
+        if chosen is None:
+            own = lines
+        return decoder.hidden(
+            decoder.embed_codes(codes, level - 1),
+            mask=_additive(visible, prompt),
+            positions=(place + level).expand_as(codes),
             cache=cache,
         )
+
+    for level in range(len(decoder.sizes)):
+        if trie is None:
+            hidden = extend(None, level) if level else hidden
+            values = _log_softmax(decoder.logits(hidden, level))  # (B, W, K)
+            codes = torch.arange(values.shape[2], device=device).expand_as(values)
+            children = torch.zeros_like(codes)
+        else:
+            children, exists = trie.children(level, nodes)  # (B, W, M)
+            codes = trie.tokens[level][children]
+            if level < last or not level:
+                hidden = extend(None, level) if level else hidden
+                values = _log_softmax(decoder.logits(hidden, level)).gather(2, codes)
+            else:
+                chosen = _with_choice(exists)
+                states = extend(chosen, level) if chosen.shape[1] else None
+                values = _of_siblings(decoder, states, chosen, codes, exists, level)
+            values = values.masked_fill(~exists, -torch.inf)
+        candidates = (values + scores[..., None]).flatten(1)  # (B, W M)
+        scores, found = candidates.topk(min(num_beams, candidates.shape[1]))  # (B, V)
+        parents = found // values.shape[2]
+        nodes = children.flatten(1).gather(1, found)
+        path = torch.cat([_take(path, parents), codes.flatten(1).gather(1, found)[..., None]], 2)
+        own = _take(own, parents) if level < last else own
     products = None
     if trie is not None:
         products = torch.where(scores.isfinite(), trie.products[nodes], -1)
     return Beams(codes=path, scores=scores, products=products)
 
 
-def _best(
-    logits: Float[Tensor, "B W K"],
-    scores: Float[Tensor, "B W"],
-    nodes: Int64[Tensor, "B W"],
-    trie: Trie | None,
+def _log_softmax(logits: Float[Tensor, "B W K"]) -> Float[Tensor, "B W K"]:
+    return logits.float().log_softmax(-1)
+
+
+def _with_choice(exists: Bool[Tensor, "B W M"]) -> Int64[Tensor, "B n"]:
+    """The beams of each user with several children, filled up with others to the most that a user has."""
+    several = exists.sum(2) > 1
+    most = int(several.sum(1).max())
+    return several.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+def _of_siblings(
+    decoder: Decoder,
+    states: Float[Tensor, "B n D"] | None,
+    chosen: Int64[Tensor, "B n"],
+    codes: Int64[Tensor, "B W M"],
+    exists: Bool[Tensor, "B W M"],
     level: int,
-    num_beams: int,
-) -> tuple[Int64[Tensor, "B V"], Int64[Tensor, "B V"], Float[Tensor, "B V"], Int64[Tensor, "B V"]]:
-    """The best continuations of all beams of a user: codes, nodes of the trie, scores, and whose they are."""
-    rest = scores - logits.logsumexp(-1)  # (B, W)
-    if trie is None:
-        width = logits.shape[-1]
-        candidates = (logits + rest[..., None]).flatten(1)  # (B, W K)
-        best, found = candidates.topk(min(num_beams, candidates.shape[1]))
-        return found % width, torch.zeros_like(found), best, found // width
-    children, exists = trie.children(level, nodes)  # (B, W, M)
-    codes = trie.tokens[level][children]
-    values = logits.gather(2, codes) + rest[..., None]
-    candidates = values.masked_fill_(~exists, -torch.inf).flatten(1)  # (B, W M)
-    best, found = candidates.topk(min(num_beams, candidates.shape[1]))
-    width = children.shape[2]
-    return (
-        codes.flatten(1).gather(1, found),
-        children.flatten(1).gather(1, found),
-        best,
-        found // width,
-    )
+) -> Float[Tensor, "B W M"]:
+    """Log probabilities of children among their siblings alone: 0 for an only one."""
+    values = torch.zeros(codes.shape, device=codes.device)
+    if states is None:
+        return values
+    wide = chosen[..., None].expand(-1, -1, codes.shape[2])
+    logits = decoder.logits(states, level).float().gather(2, codes.gather(1, wide))
+    lowest = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(~exists.gather(1, wide), lowest)
+    return values.scatter_(1, wide, logits.log_softmax(-1))
 
 
 def _take(rows: Int64[Tensor, "B W N"], parents: Int64[Tensor, "B V"]) -> Int64[Tensor, "B V N"]:

@@ -212,8 +212,9 @@ class Generator(nn.Module):
         ids: Int64[Tensor, "N E"],
         contents: Float[Tensor, "B V"] | None = None,
     ) -> Float[Tensor, "B N"]:
-        """The log probability of each ID after each history: exact, and as slow as it sounds."""
+        """The score of each ID of a catalogue after each history, as `beam_search` defines it, one by one."""
         rows = []
+        _, cells = ids[:, :-1].unique(dim=0, return_inverse=True)
         for number, history in enumerate(histories):
             history = history[-self.config.max_items :]
             whole = torch.cat([history.expand(len(ids), -1, -1), ids[:, None]], dim=1)
@@ -223,8 +224,17 @@ class Generator(nn.Module):
             last = states[:, -self.levels :]
             total = torch.zeros(len(ids), device=ids.device)
             for level in range(self.levels):
-                logits = self.logits(last[:, level], level).float().log_softmax(-1)
-                total += logits.gather(1, ids[:, level, None])[:, 0]
+                logits = self.logits(last[:, level], level).float()
+                found = logits.gather(1, ids[:, level, None])[:, 0]
+                if level + 1 < self.levels:
+                    total += found - logits.logsumexp(-1)
+                    continue
+                # The appended code's softmax is over the products of its cell.
+                siblings = torch.full(
+                    (len(ids), int(cells.max()) + 1), -torch.inf, device=ids.device
+                )
+                siblings[torch.arange(len(ids)), cells] = found
+                total += found - siblings.logsumexp(0)[cells]
             rows.append(total)
         return torch.stack(rows)
 
