@@ -4,12 +4,12 @@
     python benchmarks/beam_search.py --quick    # 12,000 products, fewer users
 
 A decoder of 0.9 million random weights (four layers of width 128) writes IDs of three codes of 256 and an
-appended one, after histories of five products, the median of Amazon Beauty's test. The IDs are random, and about
-a quarter of the products share a cell with another, as on Beauty; training makes no decoder faster. Without a
-trie every level is asked of every beam; with one the appended code only where a cell holds several products.
-Time is the best of several rounds over the same users; the two searches take turns. The reference is what a
-decoder of 0.9M weights reached elsewhere on two threads: 775, 446, 248 and 95 users a second at 10, 20, 50 and
-100 beams. The last line is one JSON object.
+appended one, after histories of five products, the median of Amazon Beauty's test. The IDs are random, and
+about a quarter of the products share a cell with another, as on Beauty; training makes no decoder faster.
+Without a trie every level is asked of every beam; with one the appended code only where a cell holds
+several products. Time is the best of several rounds over the same users; the two searches take turns. The
+reference is what a decoder of 0.9M weights reached elsewhere on two threads: 775, 446, 248 and 95 users a
+second at 10, 20, 50 and 100 beams. The last line is one JSON object.
 """
 
 import json

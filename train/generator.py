@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from tqdm import tqdm
 
 from mmrec.cli import run_program
@@ -369,6 +369,8 @@ def main(config: GeneratorTraining) -> None:
     )
     if checkpoint:
         check_launch(accelerator, checkpoint)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError("a generator is small: launch its training with DDP, without FSDP")
     ranks = accelerator.num_processes
     if config.batch_size % ranks:
         raise UserError(f"--batch-size {config.batch_size}: does not divide among {ranks} ranks")
