@@ -173,6 +173,23 @@ def test_slices_follow_their_definitions(config: EvaluationConfig) -> None:
         query_slices(gallery, links, columns=("brand",))
 
 
+def test_warm_and_popular_queries_go_by_training_links(config: EvaluationConfig) -> None:
+    gallery = Gallery.open(config.shards, "train")
+    gallery = replace(gallery, relevant=[np.array([row]) for row in range(len(gallery.contents))])
+    links = np.arange(len(gallery.catalog), dtype=np.float64)  # The first product has none.
+    slices = query_slices(gallery, links)
+    most = np.array([max(rows) for rows in gallery.relevant])
+    middle = np.median(most[most > 0])
+    for name, expected in (
+        ("warm", most > 0),
+        ("cold", most == 0),
+        ("popular", most > middle),
+        ("rare", (most > 0) & (most <= middle)),
+    ):
+        assert expected.any()
+        assert slices[name].tolist() == expected.tolist()
+
+
 def test_what_products_and_contents_lack_is_a_slice(
     config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

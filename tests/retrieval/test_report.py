@@ -212,9 +212,10 @@ def test_bars_tell_their_interval_and_the_best_baseline():
     assert text.count(f"{low:.3f}–{high:.3f}") >= 2  # in the table and beside its bar
 
 
-def test_large_pictures_are_made_small_and_counted():
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_large_pictures_are_made_small_and_counted(kind):
     large = io.BytesIO()
-    Image.new("RGB", (1600, 900), (9, 99, 9)).save(large, "PNG")
+    Image.new("RGB", (1600, 900), (9, 99, 9)).save(large, kind)
     page = Page(small_page(galleries={"best": [card(right=0, image=large.getvalue())]}))
     prefix = "data:image/jpeg;base64,"
     for image in page.attributes("img"):
