@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 THUMBNAIL = 96
 """The shorter side of a query's pictures, in pixels."""
 _CARD = 132
+_NOTHING = 0.01
+"""A loss of score that fills a bar at least: among smaller ones bars would make much of little."""
 _MOST_FRAMES = 12
 _MOST_ATTRIBUTES = 6
 _ROW = "display:flex;flex-wrap:wrap;gap:4px;align-items:flex-end"
@@ -63,7 +65,7 @@ def why_html(why: "Why") -> str:
     product = _card(None, why.match) if why.match else escape(why.product_id)
     halves = _half("video", why.video_alone, why.video_share)
     halves += _half("title", why.title_alone, why.title_share)
-    largest = max((abs(loss) for loss in why.frame_losses), default=0.0) or 1.0
+    largest = max([_NOTHING, *map(abs, why.frame_losses)])
     frames = "".join(
         f"<li style='width:88px'>{_frame(why.frames, place)}{_bar(loss / largest)}"
         f"<div><span style='{_SOFT}'>frame {place + 1}</span> {signed(loss)}</div></li>"

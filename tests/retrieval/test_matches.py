@@ -154,6 +154,7 @@ def test_shares_of_video_and_title() -> None:
     assert "<b>mug</b>" not in why._repr_html_()
     words = Why(product_id="p", score=0.6, title_alone=0.6)
     assert (words.video_share, words.title_share) == (0.0, 1.0)
+    assert "without each frame" not in words._repr_html_()
     neither = Why(product_id="p", score=-0.2, video_alone=-0.1, title_alone=-0.1)
     assert neither.video_share is None
     assert neither.title_share is None
