@@ -1,10 +1,11 @@
 """Two encoders side by side: the same figures as the evaluation's, and the queries where they differ."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mmrec.errors import UserError
 from mmrec.model.encoder import Encoder
@@ -16,6 +17,7 @@ from mmrec.retrieval.metrics import METRIC_NAMES, paired_bootstrap, per_query
 @pytest.fixture(scope="module")
 def encoders(trained: Path) -> dict[str, Encoder]:
     encoder = Encoder.load(trained / "encoder")
+    torch.manual_seed(0)
     start = Encoder(encoder.config, model_config=encoder.model_config, pixels=encoder.pixels)
     return {"trained": encoder, "<b>untrained": start.eval()}
 
@@ -36,7 +38,11 @@ def test_figures_are_those_of_an_evaluation(
         assert own.first == pytest.approx(first[own.metric])
         assert own.value == pytest.approx(second[own.metric])
         right = paired_bootstrap(values[1][own.metric], values[0][own.metric])
-        assert astuple(own.difference) == pytest.approx(astuple(right))
+        # Sums that tie but for rounding may count towards p, or not.
+        assert own.difference.p == pytest.approx(right.p, abs=5e-3)
+        assert astuple(replace(own.difference, p=0.0)) == pytest.approx(
+            astuple(replace(right, p=0.0))
+        )
         assert own.p >= own.difference.p
     table = comparison.to_pandas()
     assert table["trained"].tolist() == [own.first for own in comparison.metrics]
