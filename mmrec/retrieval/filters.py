@@ -10,6 +10,7 @@ met, as always in SQL.
 """
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from mmrec.errors import UserError
+
+TIMEOUT_S = 30.0
+"""Comparing a hundred million prices takes a second; what takes longer than this was not meant so."""
 
 _ROW = "mmrec row"
 # What a condition may call, operators too; nothing that waits, writes, draws or looks at the clock.
@@ -61,15 +65,21 @@ def matching_rows(products: pa.Table, where: str) -> Bool[np.ndarray, " N"]:
     selected = np.zeros(len(products), bool)
     rows = pa.array(np.arange(len(products)))
     connection = duckdb.connect(":memory:", config=_SETTINGS)
+    timer = threading.Timer(TIMEOUT_S, connection.interrupt)
+    timer.daemon = True
+    timer.start()
     try:
         parsed = _parsed(connection, where)
         connection.register("products", products.append_column(_ROW, rows))
         condition = connection.view("products").filter(where)
         _refuse_other_names(parsed, products.schema)
         found = condition.project(f'"{_ROW}"').to_arrow_table()
+    except duckdb.InterruptException:
+        raise UserError(f"where {where!r}: takes more than {TIMEOUT_S:g} s") from None
     except duckdb.Error as error:
         raise UserError(f"where {where!r}: {_reason(error)}; {_columns(products)}") from None
     finally:
+        timer.cancel()
         connection.close()
     selected[found.column(0).to_numpy()] = True
     return selected

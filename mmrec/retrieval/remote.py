@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from mmrec.data.sources import Source, local_file
 from mmrec.errors import MediaError, UserError
 from mmrec.retrieval.matches import Match, Matches, Why
-from mmrec.retrieval.queries import Query, is_given, listed, queries_of
+from mmrec.retrieval.queries import Query, is_given, queries_of
 
 if TYPE_CHECKING:
     import httpx
@@ -78,9 +78,10 @@ class RemoteMatcher:
         if product_id is not None:
             if any(map(is_given, (video, images, title, text))):
                 raise UserError("give product_id, or a video, images or text, not both")
-            ids = listed("product_id", product_id)
             ask = partial(self._match_like, k=k, where=where)
-            return ask(product_id) if ids is None else self._each(ask, ids)
+            if isinstance(product_id, str):
+                return ask(product_id)
+            return self._each(ask, list(product_id))
         queries, many = queries_of(video, images, title, text)
         ask = partial(self._match_query, k=k, where=where)
         return self._each(ask, queries) if many else ask(queries[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from mmrec.manifest import read_manifest
 from mmrec.retrieval.generations import RECORD, live_generation
 from mmrec.retrieval.index import ProductIndex
 from mmrec.retrieval.matcher import Matcher
@@ -65,6 +66,7 @@ def open_served(
     folder: Path, *, encoder: Path | None, device: Literal["auto", "cpu", "cuda"]
 ) -> Served:
     """Load what is live in an index folder. Raises `UserError`."""
+    read_manifest(folder, "index")
     while True:
         token = read_token(folder)
         matcher = Matcher.load(folder, encoder=encoder, device=device)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float32, UInt8
 
 from mmrec.data.batches import collate_items
 from mmrec.errors import UserError
 from mmrec.model.encoder import Side
+from mmrec.retrieval.filters import parse_condition
 from mmrec.retrieval.matcher import Matcher
 from mmrec.retrieval.queries import EncodedQuery, encode
 from mmrec.serve.batching import Batcher
@@ -26,6 +28,7 @@ from mmrec.serve.live import Served
 from mmrec.serve.metrics import Metrics
 from mmrec.serve.refusals import Refused, busy, invalid
 
+_GROWING = ("lpad", "rpad", "replace", "regexp_replace")
 _SEARCHERS = 2
 """Threads for what is not searched in batches: filters, explanations, what is like a product."""
 
@@ -252,10 +255,29 @@ def search_where(
 ) -> list[Hit]:
     """The k best that meet a condition. Raises `Refused` where it cannot be understood."""
     try:
+        if where is not None:
+            _refuse_growth(where, matcher.index.schema)
         result = matcher.index.search(vector[None], k, where=where)
     except UserError as error:
         raise Refused(422, "invalid field", str(error), field="where") from None
     return look_up(matcher, [(result.ids[0], result.scores[0])])[0]
+
+
+def _refuse_growth(where: str, schema: pa.Schema) -> None:
+    """Refuse functions whose result may be far longer than the condition and the values that it is about.
+
+    One `lpad` makes gigabytes of a title, and so does `replace` inside of `replace` inside of `replace`.
+    """
+    waiting: list[Any] = [parse_condition(where, schema)]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            name = str(part.get("function_name", "")).lower()
+            if name in _GROWING:
+                raise UserError(f"where: function '{name}' is not for conditions of requests")
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 def search_like(matcher: Matcher, product_id: str, k: int, where: str | None) -> list[Hit]:
