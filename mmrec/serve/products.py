@@ -87,6 +87,8 @@ def row_of(product: Product, index: ProductIndex) -> pa.Table:
             shown = "".join(c if c.isprintable() else "?" for c in name[:40])
             raise invalid("attributes", f"'{shown}' is not a column; there are {', '.join(known)}")
         columns[name] = _array_of(name, value, schema.field(name).type)
+    # What is not given is null, and not missing: answers have the same attributes for all products.
+    columns |= {n: pa.nulls(1, schema.field(n).type) for n in known if n not in columns}
     return pa.table(columns)
 
 
