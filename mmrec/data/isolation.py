@@ -223,7 +223,9 @@ def _serve(
     global _deadline
     die_with(parent)
     tempfile.tempdir = folder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this.
+    # Ctrl-C, or a SIGTERM to all of a group, is for the parent: it may finish its work before it ends this.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit_memory(memory_bytes)
     pipe.send(("ok", None))

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,14 @@ def test_one_child_serves_all_items_and_ends_with_its_parent(isolated) -> None:
     children = {isolated("good").split()[-1] for _ in range(20)}
     assert len(children) == 1
     assert int(children.pop()) != os.getpid()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_a_group_of_processes_is_left_to_the_parent(isolated, number) -> None:
+    child = int(isolated("good").split()[-1])
+    os.kill(child, number)
+    time.sleep(0.05)
+    assert isolated("good") == f"good in {child}"
 
 
 def test_an_item_costs_little(isolated) -> None:
