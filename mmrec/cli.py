@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
@@ -19,6 +19,9 @@ from mmrec.flags import refused_in_one_line, without_typeguard
 from mmrec.launcher import stop_with_launcher
 from mmrec.retrieval.evaluation_config import EvaluationConfig
 from mmrec.serve.config import ServeConfig
+
+if TYPE_CHECKING:
+    from mmrec.retrieval.batch import BatchCounts
 
 Result = TypeVar("Result")
 Split = Literal["train", "val", "test"]
@@ -465,7 +468,7 @@ def search(
         rerank: Score matches again at full width; left out, as the index was built.
         encoder: Where the encoder is, or hf://user/name, if it is not where the index remembers it.
         device: auto, cpu or cuda.
-        json: Print one JSON object instead of a table.
+        json: Print one JSON object instead of a table; with --queries, of counts.
     """
     from json import dumps
 
@@ -484,14 +487,12 @@ def search(
         counts = match_embeddings(
             opened, queries, out, k=k, where=where, rerank=rerank, ids=query_ids
         )
-        print(f"{counts.matches:,} matches of {counts.queries:,} queries: {out}")
+        _tell(*_matched(counts, out), json=json)
         return
     matcher = Matcher.load(index, uri=uri, collection=collection, encoder=encoder, device=device)
     if queries and out:
         counts = match_table(matcher, queries, out, k=k, where=where, side=side, rerank=rerank)
-        print(f"{counts.matches:,} matches of {counts.queries:,} queries: {out}")
-        for reason, count in counts.dropped.items():
-            print(f"  dropped: {reason}: {count:,}")
+        _tell(*_matched(counts, out), json=json)
         return
     matches = matcher.match(
         video=video,
@@ -766,6 +767,13 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> N
         shell: The shell.
     """
     app.cli(prog="mmrec", args=["--tyro-print-completion", shell])
+
+
+def _matched(counts: "BatchCounts", out: Path) -> tuple[str, dict[str, object]]:
+    """What a search with many queries did, as text and as facts."""
+    lines = [f"{counts.matches:,} matches of {counts.queries:,} queries: {out}"]
+    lines += [f"  dropped: {reason}: {count:,}" for reason, count in counts.dropped.items()]
+    return "\n".join(lines), {"out": out, **vars(counts)}
 
 
 def _tell(text: str, facts: Mapping[str, object], *, json: bool) -> None:

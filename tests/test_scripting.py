@@ -133,6 +133,9 @@ def test_json_is_one_object_on_stdout(
     assert found == {"compacted": True, "generation": "000002", "rows": 12}
     assert ask(cli.index_verify, index=index)["whole"] is True
     assert ask(cli.index_status, index=index)["generation"] == "000002"
+    out = tmp_path / "matches.parquet"
+    found = ask(cli.search, index=index, queries=embeddings, out=out, k=2, side="product")
+    assert found == {"out": str(out), "queries": 12, "matches": 24, "dropped": {}}
 
 
 def test_what_is_measured_goes_to_stderr_beside_json(
