@@ -117,6 +117,7 @@ def main(config: RankerTraining) -> None:
         "popularity": popularity_scores(test.train, len(test.targets), num_products),
         COUNTS: transition_scores(test.train, test.histories, num_products, transitions),
         COUNTED_ANEW: transition_scores(test.before, test.histories, num_products, transitions),
+        "titles alone": ranker.source_scores("title", test.histories),
         **test_lists,
         HYBRID: hybrid,
         HYBRID_ANEW: ranker.recounted(test.before).rank(test.histories, k=k, proposed=proposed),

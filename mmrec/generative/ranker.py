@@ -360,6 +360,12 @@ class Ranker:
         ranked.scores[where] = scores[order][kept]
         return ranked
 
+    def source_scores(self, source: str, histories: Sequences) -> sparse.csr_array:
+        """What one source alone says of each query, (Q, N)."""
+        window, decay = self.config.transitions.window, self.config.transitions.decay
+        recent = history_weights(histories, len(self.product_ids), window=window, decay=decay)
+        return sparse.csr_array(recent @ self.links[source])
+
     def recommend(self, history: Sequence[str], *, k: int = 10) -> list[tuple[str, float]]:
         """The `k` best products that are not in a history of product ids, with their scores.
 

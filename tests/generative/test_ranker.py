@@ -198,6 +198,13 @@ def test_what_is_saved_ranks_alike(sessions: Sessions, ranker: Ranker, tmp_path:
         Ranker.load(tmp_path / "ranker")
 
 
+def test_a_source_alone_scores_as_the_baseline_does(sessions: Sessions, ranker: Ranker) -> None:
+    split = leave_one_out(sessions, "test")
+    alone = ranker.source_scores("transition", split.histories)
+    expected = transition_scores(split.train, split.histories, NUM_PRODUCTS)
+    np.testing.assert_allclose(alone.toarray(), expected.toarray(), atol=1e-12)
+
+
 def test_recounting_changes_counts_alone(sessions: Sessions, ranker: Ranker) -> None:
     newer = ranker.recounted(leave_one_out(sessions, "test").before)
     assert newer.links["transition"].nnz > ranker.links["transition"].nnz
