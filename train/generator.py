@@ -144,11 +144,11 @@ METRIC = "R@10"
 
 def parse(arguments: list[str]) -> GeneratorTraining:
     """Read an earlier run's config.json, if one is given, and the flags that override it."""
-    earlier = {}
-    if arguments and arguments[0].endswith(".json"):
-        earlier = {"default": read_config(Path(arguments[0]), GeneratorTraining)}
-        arguments = arguments[1:]
-    return tyro.cli(GeneratorTraining, args=arguments, prog="generator.py", **earlier)
+    program = "generator.py"
+    if not arguments or not arguments[0].endswith(".json"):
+        return tyro.cli(GeneratorTraining, args=arguments, prog=program)
+    earlier = read_config(Path(arguments[0]), GeneratorTraining)
+    return tyro.cli(GeneratorTraining, default=earlier, args=arguments[1:], prog=program)
 
 
 def check(config: GeneratorTraining) -> Path | None:

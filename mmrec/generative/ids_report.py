@@ -4,7 +4,7 @@ Shape letters: N products, D embedding width, L levels, K codes a level, C conte
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mmrec.drawing import (
     new_picture,
     round_ticks,
     short_number,
+    text_width,
     write_picture,
 )
 from mmrec.generative.quantize import Codebook
@@ -172,10 +173,10 @@ def draw_report(ids: SemanticIds, report: dict[str, Any], path: Path) -> None:
     }
     _panel(draw, (0, 0), "products a code, most used first", usage, "code", dots=False)
     entropy = {
-        "entropy, share of the most": (numbers, [row["entropy_share"] for row in levels]),
-        "codes used, share": (numbers, [row["used"] for row in levels]),
+        "entropy, of the most": (numbers, [row["entropy_share"] for row in levels]),
+        "codes used": (numbers, [row["used"] for row in levels]),
     }
-    _panel(draw, (_WIDTH, 0), "use of a level", entropy, "level")
+    _panel(draw, (_WIDTH, 0), "use of a level, shares", entropy, "level")
     error = {"error": (numbers, [row["error"] for row in levels])}
     _panel(draw, (0, _HEIGHT), "squared error, share of the variance", error, "codes told")
     fan_out = {"fan-out": (numbers, [row["fan_out"] for row in levels])}
@@ -186,7 +187,7 @@ def draw_report(ids: SemanticIds, report: dict[str, Any], path: Path) -> None:
             "same codes so far": ([r["level"] for r in known], [r["same_category"] for r in known]),
             "by chance": (numbers, [report["same_category_by_chance"]] * len(numbers)),
         }
-        title = "another product is of the same category"
+        title = "another one is of the same category"
     _panel(draw, (_WIDTH, _HEIGHT), title, fan_out, "level")
     write_picture(canvas, path)
 
@@ -195,7 +196,7 @@ def _panel(
     draw: Any,
     corner: tuple[int, int],
     title: str,
-    curves: dict[str, tuple[Sequence[Number], Sequence[Number]]],
+    curves: Mapping[str, tuple[Sequence[int], Sequence[Number]]],
     x_name: str,
     *,
     dots: bool = True,
@@ -217,7 +218,7 @@ def _panel(
         x = left + (mark - low) / max(high - low, 1) * (right - left)
         draw_text(draw, (x, bottom + 14), f"{mark:,}", 12, SOFT, "mm")
     draw_text(draw, ((left + right) / 2, bottom + 32), x_name, 12, SOFT, "mm")
-    for number, (name, (x, y)) in enumerate(curves.items()):
+    for number, (x, y) in enumerate(curves.values()):
         color = COLORS[number % len(COLORS)]
         points = [
             (
@@ -229,5 +230,13 @@ def _panel(
         draw_line(draw, points, color, 2)
         for point in points if dots else ():
             draw_dot(draw, point, color, 4)
-        if len(curves) > 1:
-            draw_text(draw, (right - 4, top + 10 + 16 * number), name, 12, color, "rm")
+    _draw_names(draw, list(curves), right, corner[1] + 16)
+
+
+def _draw_names(draw: Any, names: Sequence[str], right: Number, y: Number) -> None:
+    """Names of several curves in their colors, right-aligned in the line of the title."""
+    if len(names) < 2:
+        return
+    for number in reversed(range(len(names))):
+        draw_text(draw, (right, y), names[number], 12, COLORS[number % len(COLORS)], "rm")
+        right -= text_width(names[number], 12) + 14

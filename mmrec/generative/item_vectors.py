@@ -9,6 +9,7 @@ Shape letters: N products, V words, W width.
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -29,10 +30,10 @@ def title_vectors(
         for term in own:
             rows.append(row)
             columns.append(numbers.setdefault(term, len(numbers)))
-    counts = sparse.csr_matrix(
+    counts: Any = sparse.csr_matrix(
         (np.ones(len(rows), np.float32), (rows, columns)), shape=(len(titles), max(1, len(numbers)))
     )
-    documents = np.asarray((counts > 0).sum(0)).ravel()
+    documents = counts.getnnz(0)
     counts = counts[:, documents > 1]  # What one title alone has says nothing of the others.
     idf = np.log((1 + len(titles)) / (1 + documents[documents > 1])) + 1
     counts.data = 1 + np.log(counts.data)
@@ -80,7 +81,7 @@ def sequence_vectors(
     near = near.tocoo()
     mutual = np.log(near.data * smooth.sum() / (sums[near.row] * smooth[near.col])) - np.log(shift)
     kept = mutual > 0
-    table = sparse.csr_matrix(
+    table: Any = sparse.csr_matrix(
         (mutual[kept], (near.row[kept], near.col[kept])), shape=(num_products, num_products)
     )
     return _decomposed(table.astype(np.float32), width, seed)
@@ -105,8 +106,8 @@ def _terms(title: str) -> list[str]:
     return words + [f"{a} {b}" for a, b in pairwise(words)]
 
 
-def _decomposed(matrix: sparse.csr_matrix, width: int, seed: int) -> Float32[np.ndarray, "N W"]:
-    """Left singular vectors by the roots of their values, rows of unit length or zero."""
+def _decomposed(matrix: Any, width: int, seed: int) -> Float32[np.ndarray, "N W"]:
+    """Left singular vectors of a sparse matrix by the roots of their values, rows of unit length or zero."""
     found = min(width, min(matrix.shape) - 1)
     vectors = np.zeros((matrix.shape[0], width), np.float32)
     if found > 0 and matrix.nnz:
@@ -120,7 +121,7 @@ def _decomposed(matrix: sparse.csr_matrix, width: int, seed: int) -> Float32[np.
     return np.where(lengths > 1e-8, vectors / np.maximum(lengths, 1e-8), 0).astype(np.float32)
 
 
-def _unit_rows(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
+def _unit_rows(matrix: Any) -> sparse.csr_matrix:
     lengths = np.sqrt(np.asarray(matrix.multiply(matrix).sum(1)).ravel())
     scale = sparse.diags(1 / np.maximum(lengths, 1e-12))
     return sparse.csr_matrix(scale @ matrix)

@@ -63,7 +63,8 @@ def train_rq_vae(
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        centroids = quantizer.codebooks.detach().float().numpy().copy()
+        codebooks: Any = quantizer.codebooks
+        centroids = codebooks.detach().float().numpy().copy()
     return Codebook(
         centroids=centroids,
         encoder=_layers(encoder, first=1 / scale),
