@@ -37,7 +37,7 @@ def title_vectors(
     counts = counts[:, documents > 1]  # What one title alone has says nothing of the others.
     idf = np.log((1 + len(titles)) / (1 + documents[documents > 1])) + 1
     counts.data = 1 + np.log(counts.data)
-    weighted = sparse.csr_matrix(counts.multiply(idf[None, :]))
+    weighted: Any = sparse.csr_matrix(counts.multiply(idf[None, :]))
     return _decomposed(_unit_rows(weighted), width, seed)
 
 
@@ -112,6 +112,7 @@ def _decomposed(matrix: Any, width: int, seed: int) -> Float32[np.ndarray, "N W"
     vectors = np.zeros((matrix.shape[0], width), np.float32)
     if found > 0 and matrix.nnz:
         start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
+        left: Any
         left, values, _ = svds(matrix.astype(np.float64), k=found, v0=start)
         # The root evens out the leading directions, which tell frequency more than kind.
         vectors[:, :found] = left[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0))
@@ -121,7 +122,7 @@ def _decomposed(matrix: Any, width: int, seed: int) -> Float32[np.ndarray, "N W"
     return np.where(lengths > 1e-8, vectors / np.maximum(lengths, 1e-8), 0).astype(np.float32)
 
 
-def _unit_rows(matrix: Any) -> sparse.csr_matrix:
+def _unit_rows(matrix: Any) -> Any:
     lengths = np.sqrt(np.asarray(matrix.multiply(matrix).sum(1)).ravel())
-    scale = sparse.diags(1 / np.maximum(lengths, 1e-12))
+    scale: Any = sparse.diags(1 / np.maximum(lengths, 1e-12))
     return sparse.csr_matrix(scale @ matrix)
