@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, TypeVar
 
+import tyro
+
 from mmrec.errors import UserError
 
 try:
@@ -18,7 +20,7 @@ except ImportError:
     on_parse_error = None
 try:
     # Not public either: without it commands take a quarter of a second longer to begin.
-    from tyro import MISSING, MISSING_NONPROP, _resolver
+    from tyro import _resolver
 except ImportError:
     _resolver = None
 
@@ -35,7 +37,7 @@ def without_typeguard() -> Iterator[None]:
     if _resolver is None or own is None:
         yield
         return
-    absent = (MISSING, MISSING_NONPROP)
+    absent = (tyro.MISSING, tyro.MISSING_NONPROP)
     _resolver.is_instance = lambda typ, value: (
         not any(value is one for one in absent) and own(typ, value)
     )
