@@ -199,7 +199,7 @@ def compare_with_hnswlib(
     _, exact = faiss.knn(queries, vectors, K, metric=faiss.METRIC_INNER_PRODUCT)
     theirs = _recall(peer.knn_query(queries, K)[0], exact)
     graph = index._view.base.index.hnsw
-    for candidates in (16, 24, 32, 48, 64, 96, 128, 192, 256):
+    for candidates in range(12, 257, 2):
         graph.efSearch = candidates
         rows = np.array([[int(id_[8:]) for id_ in row] for row in index.search(queries, K).ids])
         if (ours := _recall(rows, exact)) >= theirs:
