@@ -153,7 +153,7 @@ def compare_with_faiss(
     overhead = statistics.median(ours - theirs for theirs, ours in singles)
     p50, p99 = (1e3 * np.quantile([ours for _, ours in singles], q) for q in (0.5, 0.99))
     print(
-        f"{size} {factory}: single query p50 {p50:.3f} ms, p99 {p99:.3f}; overhead {overhead:.3f} ms"
+        f"{size} {factory}: single query p50 {p50:.3f} ms, p99 {p99:.3f}; overhead {1e3 * overhead:.3f} ms"
     )
     return [
         _result(f"QPS in batches of {BATCH}, {size}", f"bare FAISS {factory}", ratio, QPS_BAR),
