@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +67,7 @@ class Isolated(Generic[Item, Result]):
         # Not fork: the parent has threads, whose locks a fork would copy in any state.
         self._context = multiprocessing.get_context("spawn")
         self._child: Any = None
+        self._ended_at_exit: Any = None
         self._pipe: Connection | None = None
         self._watched: psutil.Process | None = None
         self._base_bytes = 0
@@ -102,6 +104,7 @@ class Isolated(Generic[Item, Result]):
         if self._pipe is not None:
             self._pipe.close()
         if self._child is not None:
+            self._ended_at_exit.cancel()
             self._child.kill()
             self._child.join()
             self._child.close()
@@ -122,10 +125,13 @@ class Isolated(Generic[Item, Result]):
         child = self._context.Process(
             target=_serve,
             args=(there, self._function, *limits, str(self._folder), os.getpid()),
-            daemon=True,  # Ended when this process exits, which otherwise waits for it for ever.
+            daemon=True,
         )
         with main_left_out():
             child.start()
+        # At its exit this process sends daemons a SIGTERM, which the child ignores, and waits for them: this
+        # comes before.
+        self._ended_at_exit = Finalize(None, child.kill, exitpriority=10)
         there.close()
         self._child, self._pipe = child, here
         self._watched = psutil.Process(child.pid)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import ROOT
 from misbehaving import misbehave
 
 from mmrec.data.isolation import Isolated, time_left_s
@@ -62,6 +63,22 @@ def test_what_ends_a_group_of_processes_is_left_to_the_parent(isolated, number) 
     os.kill(child, number)
     time.sleep(0.05)
     assert isolated("good") == f"good in {child}"
+
+
+def test_a_process_that_ends_does_not_wait_for_its_child() -> None:
+    code = (
+        "from misbehaving import misbehave\n"
+        "from mmrec.data.isolation import Isolated\n"
+        "if __name__ == '__main__':\n"
+        "    function = Isolated(misbehave, timeout_s=5.0, memory_bytes=300 << 20)\n"
+        "    print(function('good').split()[-1])"
+    )
+    python = [sys.executable, "-c", code]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        python, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert not psutil.pid_exists(int(done.stdout))
 
 
 def test_an_item_costs_little(isolated) -> None:
