@@ -232,6 +232,7 @@ def test_why_shows_what_each_frame_and_each_half_adds(
     one.page.set_input_files("#files", clip)
     one.find(text="a NOVA mug", k="1")
     one.page.click(".why summary")
+    one.page.wait_for_selector(".why li")
     bars = one.page.locator(".why li")
     assert bars.count() == 6
     frames = matcher.read(clip, [])
