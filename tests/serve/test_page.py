@@ -143,7 +143,7 @@ class Visit:
 
     def ids(self) -> list[str]:
         """Products as shown, best first."""
-        return self.page.locator(".card .attributes div:last-child dd").all_inner_texts()
+        return self.page.locator(".card .attributes div:last-child dd").all_text_contents()
 
     def text(self, selector: str) -> str:
         """What an element says."""
