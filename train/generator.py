@@ -37,6 +37,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from tqdm import tqdm
 
+from mmrec.bars import is_quiet
 from mmrec.cli import run_program
 from mmrec.distributed import Agreement
 from mmrec.errors import UserError
@@ -472,9 +473,9 @@ def main(config: GeneratorTraining) -> None:
         return replace(progress, evaluated_step=progress.step)
 
     # --- loop ----------------------------------------------------------------------------------
-    bar = tqdm(
-        total=total_steps, initial=progress.step, desc="train", unit="step", disable=run is None
-    )
+    # In a log, too, where nobody watches a terminal.
+    hidden = run is None or is_quiet()
+    bar = tqdm(total=total_steps, initial=progress.step, desc="train", unit="step", disable=hidden)
     agreement = Agreement()
     started = time.perf_counter() - progress.seconds
     stop = 0
