@@ -20,8 +20,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from mmrec.data.batches import collate_items
-from mmrec.data.media import FrameConfig, Source, read_image, read_video
-from mmrec.errors import MediaError, UserError
+from mmrec.data.media import Source
+from mmrec.errors import UserError
 from mmrec.generative.generator import KIND, Generator, check_ids
 from mmrec.generative.semantic_ids import SemanticIds
 from mmrec.generative.trie import Trie, build_trie
@@ -29,6 +29,7 @@ from mmrec.manifest import Manifest, find_parent, find_recorded, read_manifest
 from mmrec.model.encoder import Encoder
 from mmrec.retrieval.embed import pick_device
 from mmrec.retrieval.intake import name_ids
+from mmrec.retrieval.queries import Query, preprocessed, read_query
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,33 +208,20 @@ class Recommender:
             raise UserError(
                 "a content needs the encoder that the IDs came of; give it with --encoder"
             )
-        if isinstance(images, str | Path | bytes):
-            images = [images]
-        if video is not None and images:
-            raise UserError("give a video or images, not both")
-        pictures = self._read(video, images)
+        most = self.encoder.config.num_frames
+        pictures = []
+        if video is not None or not _is_empty(images):
+            own = [images] if isinstance(images, str | Path | bytes) else list(images)[:most]
+            pictures = read_query(Query(video=video, images=own), most)
         preprocess = self.encoder.preprocess
-        tensors = [preprocess(torch.from_numpy(np.array(p)).permute(2, 0, 1)) for p in pictures]
         batch = collate_items(
-            [tensors], [title], tokenizer=self.encoder.tokenizer, size=preprocess.size
+            [preprocessed(pictures, preprocess)],
+            [title],
+            tokenizer=self.encoder.tokenizer,
+            size=preprocess.size,
         )
         vector: Float32[np.ndarray, "1 V"] = self.encoder.embed(batch, "content").cpu().numpy()
         return torch.from_numpy(vector).to(self.generator.device)
-
-    def _read(self, video: Source | None, images: Sequence[Source]) -> list[np.ndarray]:
-        assert self.encoder is not None
-        most = self.encoder.config.num_frames
-        source = video
-        try:
-            if video is not None:
-                return list(read_video(video, FrameConfig(num_frames=most)).frames)
-            pictures = []
-            for source in list(images)[:most]:
-                pictures.append(read_image(source))
-            return pictures
-        except MediaError as error:
-            name = f"{len(source)} bytes" if isinstance(source, bytes) else source
-            raise UserError(f"{name}: {error.reason}") from None
 
 
 def _is_empty(images: Sequence[Source] | Source) -> bool:

@@ -50,6 +50,7 @@ from mmrec.retrieval.queries import (
     encode,
     is_given,
     listed,
+    preprocessed,
     queries_of,
     read_query,
 )
@@ -248,7 +249,9 @@ class Matcher:
         side: Side | None = None,
     ) -> list[EncodedQuery]:
         """The same with what the towers made of each part, which `why` goes by."""
-        return self._encode([self._preprocessed(own) for own in pictures], titles, side)
+        return self._encode(
+            [preprocessed(own, self.encoder.preprocess) for own in pictures], titles, side
+        )
 
     def read(
         self, video: Source | None = None, images: Sequence[Source] | Source = ()
@@ -332,7 +335,7 @@ class Matcher:
             tensors = []
             for query in part:
                 pictures = read_query(query, self.encoder.config.num_frames)
-                tensors.append(self._preprocessed(pictures))
+                tensors.append(preprocessed(pictures, self.encoder.preprocess))
                 frames.append([encode_jpeg(resize_shorter(p, THUMBNAIL), 85) for p in pictures])
             encoded += self._encode(tensors, [query.title for query in part], side)
         found = self._search(self._stacked(encoded), k, where, rerank)
@@ -394,12 +397,6 @@ class Matcher:
                 raise UserError(f"{name}: expected ids, as text, found {value!r}")
             return ids
         return None
-
-    def _preprocessed(self, pictures: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        return [
-            self.encoder.preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-            for picture in pictures
-        ]
 
     def _encode(
         self,

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from mmrec.data.batches import ItemBatch
+from mmrec.data.batches import ItemBatch, Preprocess
 from mmrec.data.media import FrameConfig, Source, read_image, read_video
 from mmrec.errors import MediaError, UserError
 from mmrec.model.encoder import VIEWS, Encoder, Side
@@ -143,6 +143,11 @@ def read_query(query: Query, num_frames: int) -> list[np.ndarray]:
     except MediaError as error:
         name = f"{len(source)} bytes" if isinstance(source, bytes) else f"{source}"
         raise UserError(": ".join(part for part in (where, name, error.reason) if part)) from None
+
+
+def preprocessed(pictures: Sequence[np.ndarray], preprocess: Preprocess) -> list[Tensor]:
+    """Pictures, (H, W, 3) uint8 each, as an image tower takes them."""
+    return [preprocess(torch.from_numpy(np.array(p)).permute(2, 0, 1)) for p in pictures]
 
 
 @torch.inference_mode()
