@@ -18,6 +18,7 @@ from mmrec.errors import UserError
 from mmrec.manifest import Manifest, read_manifest
 from mmrec.retrieval.exact import WIDE, Found
 from mmrec.retrieval.faiss_base import (
+    candidates_of,
     core_of,
     flat_matrix,
     keeps_vectors,
@@ -110,6 +111,11 @@ class Base:
         found = np.zeros(core_of(self.index).nlist, bool)
         found[self.row_lists[rows]] = True
         return found
+
+    @cached_property
+    def graph(self) -> bool:
+        """Whether searches follow a graph."""
+        return candidates_of(self.index) is not None
 
     @cached_property
     def exact(self) -> bool:

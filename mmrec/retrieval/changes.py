@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from mmrec.errors import UserError
+from mmrec.retrieval.delta_lists import DeltaLists
 from mmrec.retrieval.generations import CHANGES, full_disk_refused, replace_file
 
 _MAGIC = b"MMREC-C1"
@@ -152,6 +153,7 @@ class Delta:
         buffers: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
         places: "_Places",
         tables: tuple[pa.Table, ...],
+        lists: DeltaLists,
         *,
         count: int = 0,
         alive: int = 0,
@@ -161,6 +163,8 @@ class Delta:
         self._buffers = buffers
         self._places = places
         self._tables = tables
+        self.lists = lists
+        """Over the rows that came first: see delta_lists.py."""
         self._alive = alive
         self._moment = moment
         self.count = count
@@ -169,7 +173,8 @@ class Delta:
     def empty(cls, width: int, indexed_width: int) -> "Delta":
         """A delta with nothing in it."""
         wide, narrow = (np.zeros((0, d), np.float32) for d in (width, indexed_width))
-        return cls((np.empty(0, object), wide, narrow, np.zeros(0, np.int64)), _Places(), ())
+        buffers = (np.empty(0, object), wide, narrow, np.zeros(0, np.int64))
+        return cls(buffers, _Places(), (), DeltaLists())
 
     def __len__(self) -> int:
         """The number of products that are in it and alive."""
@@ -197,9 +202,14 @@ class Delta:
             return pa.table({})
         return pa.concat_tables(self._tables, promote_options="permissive")
 
+    @property
+    def live(self) -> Bool[np.ndarray, " M"]:
+        """Which rows are alive."""
+        return self._buffers[3][: self.count] > self._moment
+
     def live_rows(self) -> Int64[np.ndarray, " M"]:
         """The rows that are alive, in order."""
-        return np.flatnonzero(self._buffers[3][: self.count] > self._moment)
+        return np.flatnonzero(self.live)
 
     def rows_of(self, ids: Sequence[str]) -> Int64[np.ndarray, " M"]:
         """The row of each product; -1 for those that are not here."""
@@ -237,6 +247,7 @@ class Delta:
             buffers,
             self._places,
             tables,
+            self.lists,
             count=count,
             alive=self._alive - len(rows),
             moment=self._moment + 1,
@@ -255,6 +266,7 @@ class Delta:
             (ids, vectors, scored, died),
             places,
             (table,),
+            DeltaLists(),
             count=len(live),
             alive=len(live),
             moment=self._moment,

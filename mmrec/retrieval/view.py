@@ -1,6 +1,7 @@
 """View: an index as of one moment, and how it is searched.
 
-Shape letters: Q queries, N rows of the base, M rows of the delta, K matches, D width, I indexed width.
+Shape letters: Q queries, N rows of the base, M rows of the delta, G rows in the delta's lists, K matches,
+D width, I indexed width.
 
 A view joins an immutable base, the delta of later upserts, and marks on the base's rows that were deleted
 or replaced since. Changes make a new view, so a search sees one state from beginning to end. Rows count
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from mmrec.retrieval.base import Base, narrowed
 from mmrec.retrieval.changes import Change, Delta, join_tables
+from mmrec.retrieval.delta_lists import Lists
 from mmrec.retrieval.exact import MANY_QUERIES, Found, above, best, joined, nearest, nothing
 from mmrec.retrieval.faiss_base import (
     MOST_CANDIDATES,
@@ -49,6 +51,21 @@ class Selection:
     delta: Bool[np.ndarray, " M"]
 
 
+@dataclass(frozen=True, eq=False)
+class _Late:
+    """Some rows of the delta and what they are compared by."""
+
+    rows: Int64[np.ndarray, " M"]
+    scored: Float32[np.ndarray, "M I"]
+
+    def among(self, wanted: Bool[np.ndarray, " N"] | None) -> "_Late":
+        """Those that are wanted of all rows; None wants all."""
+        if wanted is None:
+            return self
+        chosen = wanted[self.rows]
+        return _Late(self.rows[chosen], self.scored[chosen])
+
+
 class View:
     """A base, a delta, and which rows of the base are dead."""
 
@@ -59,6 +76,7 @@ class View:
         self.num_dead = int(np.count_nonzero(dead))
         """Tombstones: rows of the base that were deleted or replaced."""
         self._selections: dict[str, Selection] = {}
+        self._parts: tuple[Lists, np.ndarray, _Late] | None = None
 
     @classmethod
     def of(cls, base: Base) -> "View":
@@ -219,7 +237,7 @@ class View:
 
         What a graph does not lead to it never finds: in the end all that is wanted is compared.
         """
-        index, graph = self.base.index, candidates_of(self.base.index) is not None
+        index, graph = self.base.index, self.base.graph
         if graph and fetched > MOST_CANDIDATES:
             return self._one_by_one(queries, k, wanted)
         all_scores, all_rows = self.base.search(queries, fetched)
@@ -293,20 +311,33 @@ class View:
         selection: Selection | None,
     ) -> Found:
         """What the base gave, joined by what the delta has that is better."""
-        rows, scored = self._live_delta
-        if selection is not None:
-            chosen = selection.delta[rows]
-            rows, scored = rows[chosen], scored[chosen]
-        if not len(rows):
+        full = found[0].shape[1] == k and bool((found[1][:, -1] >= 0).all())
+        lists = None
+        if full and selection is None and self.base.graph:
+            lists = self.delta.lists.over(queries, self.delta.scored)
+        if lists is not None:
+            listed, late = self._parted(lists)
+            found = self._with_late(found, lists.search(queries, k, listed), k)
+        else:
+            late = self._live_delta.among(selection.delta if selection else None)
+        if not len(late.rows):
             return found
-        full = found[0].shape[1] == k
         floors = found[0][:, -1] if full else np.full(len(queries), -np.inf, np.float32)
-        better = above(queries, scored, floors, k)
-        if not better[0].shape[1]:
+        scores, places = above(queries, late.scored, floors, k)
+        rows = np.where(places < 0, -1, late.rows[places]) if scores.shape[1] else places
+        return self._with_late(found, (scores, rows), k)
+
+    def _with_late(
+        self, found: tuple[np.ndarray, np.ndarray], late: tuple[np.ndarray, np.ndarray], k: int
+    ) -> Found:
+        """What was found, joined by what is better among rows of the delta, -1 where there are no more."""
+        scores, rows = late
+        if found[0].shape[1] == k:  # Either is best first: what counts is at the front.
+            width = int((scores > found[0][:, -1:]).sum(axis=1).max(initial=0))
+            scores, rows = scores[:, :width], rows[:, :width]
+        if not scores.shape[1]:
             return found
-        late = rows[better[1]] + self.base.record.count
-        late[better[1] < 0] = -1
-        return joined(found, (better[0], late), k)
+        return joined(found, (scores, np.where(rows < 0, -1, rows + self.base.record.count)), k)
 
     @cached_property
     def _live(self) -> Bool[np.ndarray, " N"]:
@@ -314,11 +345,22 @@ class View:
         return ~self.dead
 
     @cached_property
-    def _live_delta(self) -> tuple[Int64[np.ndarray, " M"], Float32[np.ndarray, "M I"]]:
-        """The delta's live rows and what they are compared by; copied only where some are dead."""
-        rows = self.delta.live_rows()
-        scored = self.delta.scored
-        return rows, scored if len(rows) == self.delta.count else scored[rows]
+    def _live_delta(self) -> "_Late":
+        """All live rows of the delta."""
+        return _late(self.delta, self.delta.live)
+
+    def _parted(self, lists: Lists) -> tuple[Bool[np.ndarray, " G"], "_Late"]:
+        """Which rows of the lists are alive, and the live rows of the delta that came after those."""
+        parts = self._parts
+        if parts is None or parts[0] is not lists:
+            live = self.delta.live
+            listed = np.zeros(
+                lists.count, bool
+            )  # The lists may know of rows that came after this view.
+            listed[: len(live)] = live[: lists.count]
+            live[: lists.count] = False
+            parts = self._parts = lists, listed, _late(self.delta, live)
+        return parts[1:]
 
     def _reranked(self, queries: np.ndarray, found: tuple[np.ndarray, np.ndarray], k: int) -> Found:
         """Candidates scored again by their vectors at full width."""
@@ -331,6 +373,12 @@ class View:
             pairs = np.einsum("md,md->m", queries[places // rows.shape[1]], vectors[where])
             scores.ravel()[places] = pairs
         return best(scores, rows, k)
+
+
+def _late(delta: Delta, wanted: Bool[np.ndarray, " M"]) -> _Late:
+    """Wanted rows of a delta; their vectors are copied only where some are not."""
+    rows = np.flatnonzero(wanted)
+    return _Late(rows, delta.scored if len(rows) == delta.count else delta.scored[rows])
 
 
 def _keep(filters: dict[Any, Any], key: Any, rows: Any) -> None:
