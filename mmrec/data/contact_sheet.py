@@ -6,7 +6,6 @@ any host and needs no script. Every text that comes from outside is escaped.
 
 import base64
 import io
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -33,6 +32,7 @@ from mmrec.data.shards import ShardReader, Split, product_image_name
 from mmrec.data.storage import Place
 from mmrec.errors import UserError
 from mmrec.manifest import write_whole
+from mmrec.page import page
 
 _MOST_FRAMES = 8  # of a content, evenly chosen
 _MOST_PRODUCTS = 4  # of a content, the heaviest
@@ -58,8 +58,8 @@ def write_contact_sheet(
         raise UserError(f"--report {path}: is a folder; expected a file, such as sheet.html")
     if num_samples < 0:
         raise UserError(f"--num-samples {num_samples}: expected 0 or more")
-    page = render_contact_sheet(read_facts(folder), num_samples=num_samples, seed=seed)
-    write_whole(path, page)
+    sheet = render_contact_sheet(read_facts(folder), num_samples=num_samples, seed=seed)
+    write_whole(path, sheet)
 
 
 def render_contact_sheet(facts: ShardFacts, *, num_samples: int = 6, seed: int = 0) -> str:
@@ -83,38 +83,7 @@ def render_contact_sheet(facts: ShardFacts, *, num_samples: int = 6, seed: int =
         },
         "How it was made": _making(facts),
     }
-    parts = {heading: body for heading, body in parts.items() if body}
-    links = " ".join(f'<a href="#{_anchor(h)}">{escape(h)}</a>' for h in parts)
-    sections = "\n".join(
-        f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
-        for heading, body in parts.items()
-    )
-    title = escape(f"Contact sheet of {facts.folder}")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<header><h1>{title}</h1>
-{_tiles(summary)}
-<nav aria-label="Sections">{links}</nav></header>
-<main>
-{sections}
-</main>
-</body>
-</html>
-"""
-
-
-def _anchor(heading: str) -> str:
-    return re.sub("[^a-z]+", "-", heading.lower())
+    return page(f"Contact sheet of {facts.folder}", _tiles(summary), parts, _STYLE)
 
 
 # Figures
@@ -477,7 +446,9 @@ small, .note, em { color: var(--soft); font-size: 13px; }
 em { font-weight: 400; }
 .note { margin: 6px 0 12px; }
 a { color: var(--accent); }
-nav { display: flex; flex-wrap: wrap; gap: 6px 20px; margin-top: 22px; font-size: 14px; }
+nav ul { display: flex; flex-wrap: wrap; gap: 6px 20px; margin-top: 22px; font-size: 14px; }
+.skip { position: absolute; left: -999px; top: 8px; }
+.skip:focus { left: 8px; padding: 4px 10px; background: var(--paper); z-index: 1; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px;
   margin-top: 24px; }
 .tiles li { padding: 14px 16px; border-radius: 10px; background: var(--panel); }
