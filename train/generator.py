@@ -1,17 +1,22 @@
 """Train a generator of semantic IDs on sessions, on contents and the products that they lead to, or on both.
 
-Input: semantic IDs (train/semantic_ids.py), and a folder with sessions.parquet (user_id, item_ids in time
-order) or embeddings of contents with their product_ids (`mmrec embed --split train`). Output: a run folder
-with config.json, metrics.jsonl, curves.png, checkpoints, the best generator, and what it recommends to
-held-out users.
+Input: semantic IDs (train/semantic_ids.py), and a folder of sessions (data_prep/amazon_reviews.py,
+data_prep/content_sessions.py) or embeddings of contents with their product_ids (`mmrec embed --split train`).
+Output: a run folder with config.json, metrics.jsonl, curves.png, checkpoints, the best generator, what it
+recommends to held-out users (lists/val.parquet and lists/test.parquet, which train/ranker.py reads), and how
+good that is (metrics.json, table.txt).
 
     accelerate launch --config_file accelerate_config.yaml train/generator.py \
         --sessions runs/beauty/sessions --ids runs/beauty/ids --out runs/beauty/generator
 
-The first argument may be the config.json of an earlier run; flags override its fields. Leave-one-out: the
-last product of a session is for the test, the one before it for validation, and training sees neither.
-Figures are of items over the whole catalogue, with seen products kept; a target that is not among the beams
-is a miss.
+The first argument may be the config.json of an earlier run; flags override its fields. With --evaluate-only
+the generator of a run is measured again, and not trained:
+
+    python train/generator.py runs/beauty/generator/config.json --evaluate-only --test-beams 100
+
+Targets are held out as --by says, and training sees neither validation's nor the test's. Figures are those
+of mmrec.generative.evaluation: of products over the whole catalogue, with seen ones kept and removed. A
+target that is not among the beams is a miss.
 
 Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint after the step; --resume goes on.
 """
@@ -21,36 +26,52 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train/contrastive.py
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from jaxtyping import Int64
 from tqdm import tqdm
 
 from mmrec.bars import is_quiet
 from mmrec.cli import run_program
 from mmrec.distributed import Agreement
 from mmrec.errors import UserError
-from mmrec.generative.generator import Generator, GeneratorConfig
+from mmrec.generative.baselines import popularity_scores, transition_scores
+from mmrec.generative.evaluation import (
+    METRIC_NAMES,
+    Evaluation,
+    RankedProducts,
+    evaluate_recommendations,
+    format_table,
+)
+from mmrec.generative.generated import (
+    generate_lists,
+    histories_as_codes,
+    id_rows,
+    in_catalogue,
+    rank_answers,
+)
+from mmrec.generative.generator import Generator, GeneratorConfig, check_ids
+from mmrec.generative.lists import write_lists
 from mmrec.generative.semantic_ids import KIND as IDS_KIND
 from mmrec.generative.semantic_ids import SemanticIds
-from mmrec.generative.sequences import (
-    SequenceBatch,
-    SequenceBatches,
+from mmrec.generative.sequences import SequenceBatch, SequenceBatches
+from mmrec.generative.sessions import (
+    FILES,
     Sessions,
-    held_out_queries,
+    Split,
+    SplitBy,
     read_sessions,
-    without_last,
+    sample_queries,
+    split_sessions,
 )
 from mmrec.generative.trie import Trie, build_trie
 from mmrec.manifest import (
@@ -66,6 +87,7 @@ from mmrec.manifest import (
 )
 from mmrec.ranges import Count, CountOrZero, NonNegative, Positive, Share, check_ranges
 from mmrec.retrieval.embed import Embeddings, read_embeddings
+from mmrec.retrieval.metrics import per_query
 from mmrec.training.checkpoints import (
     Progress,
     check_launch,
@@ -94,7 +116,9 @@ class GeneratorTraining:
     out: Path
     """The run folder."""
     sessions: Path | None = None
-    """A folder with sessions.parquet."""
+    """A folder of sessions."""
+    by: SplitBy | None = "leave-one-out"
+    """How targets of sessions are held out; None learns from all that there is, and measures nothing."""
     contents: Path | None = None
     """Embeddings of training contents, with the products that they lead to."""
     val_contents: Path | None = None
@@ -114,16 +138,16 @@ class GeneratorTraining:
     """Share of all steps over which the learning rate rises."""
     clip_norm: Positive = 1.0
     """Largest norm of the gradient."""
-    held_out: Count = 2
-    """Last products of a session that training does not see: the test's, and before it the validation's."""
     eval_epochs: Count = 2
     """Epochs between evaluations."""
+    patience: CountOrZero = 5
+    """Evaluations in a row without a better one after which training ends early; 0 never ends it."""
     eval_users: Count = 2_000
     """Users or contents asked for at an evaluation, the same each time."""
     num_beams: Count = 20
     """Beams of evaluations while training."""
     test_beams: Count = 50
-    """Beams of the evaluation on the test, at the end."""
+    """Beams of the lists that are written at the end: so many products a user."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None takes what accelerate's own config says."""
     cpu_threads: CountOrZero = 0
@@ -135,12 +159,16 @@ class GeneratorTraining:
     """Steps between lines of metrics.jsonl."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`, or start if there is none."""
+    evaluate_only: bool = False
+    """Measure the generator in `out` again, and write its lists; nothing is trained."""
     seed: CountOrZero = 0
 
 
 FREE_ON_RESUME = ("ids", "sessions", "contents", "val_contents", "out", "resume", "cpu_threads")
 FREE_ON_RESUME += ("log_every", "keep_checkpoints", "eval_users", "num_beams", "test_beams")
+FREE_ON_RESUME += ("patience", "evaluate_only")
 METRIC = "R@10"
+NAME, COUNTS = "generator", "transition counts"
 
 
 def parse(arguments: list[str]) -> GeneratorTraining:
@@ -185,7 +213,8 @@ def fingerprint_of_data(config: GeneratorTraining) -> str:
     """What decides whether a run reads the IDs and sessions that it began on."""
     parts = {"ids": read_manifest(config.ids, IDS_KIND).fingerprint}
     if config.sessions is not None:
-        parts["sessions"] = hash_file(config.sessions / "sessions.parquet")
+        for name in FILES:
+            parts[name] = hash_file(config.sessions / f"{name}.parquet")
     if config.contents is not None:
         parts["contents"] = read_manifest(config.contents, "embeddings").fingerprint
     return fingerprint_of(parts)
@@ -195,56 +224,44 @@ def fingerprint_of_data(config: GeneratorTraining) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Queries:
-    """What an evaluation asks: histories, contents or both, and the right answers as rows of the IDs."""
+class Data:
+    """What a run reads."""
 
-    names: list[str]
-    histories: list[torch.Tensor]
-    contents: torch.Tensor | None
-    answers: list[set[int]]
-    single: bool
-    """Whether each has one answer, so that nDCG is that of its rank."""
+    ids: SemanticIds
+    sessions: Sessions | None
+    rows: Int64[np.ndarray, " _"]
+    """The row of each product of the sessions' catalogue in the table of IDs; -1 where there is none."""
+    splits: dict[str, Split]
+    """val and test of the sessions; empty where nothing is held out."""
+    contents: Embeddings | None
+    val_contents: Embeddings | None
 
-    def take(self, most: int, seed: int) -> "Queries":
-        """At most so many of them, drawn by the seed."""
-        if len(self.names) <= most:
-            return self
-        rows = sorted(
-            np.random.default_rng(seed).choice(len(self.names), most, replace=False).tolist()
-        )
-        return Queries(
-            names=[self.names[row] for row in rows],
-            histories=[self.histories[row] for row in rows],
-            contents=None if self.contents is None else self.contents[rows],
-            answers=[self.answers[row] for row in rows],
-            single=self.single,
-        )
+    @property
+    def width(self) -> int:
+        """Numbers of a content's embedding; 0 without contents."""
+        return self.contents.vectors.shape[1] if self.contents else 0
 
 
-def session_queries(
-    sessions: Sessions, ids: SemanticIds, config: GeneratorTraining, place: int, width: int
-) -> Queries:
-    """The held-out products of all sessions, `place` from the end; those without an ID are never found."""
-    found = held_out_queries(sessions.items, config.held_out, place)
-    codes = torch.from_numpy(ids.codes).long()
-    return Queries(
-        names=[sessions.user_ids[number] for number, _, _ in found],
-        histories=[codes[ids.known(history)[0]] for _, history, _ in found],
-        contents=torch.zeros(len(found), width) if width else None,
-        answers=[{ids.rows.get(target, -2)} for _, _, target in found],
-        single=True,
-    )
-
-
-def content_queries(embeddings: Embeddings, ids: SemanticIds) -> Queries:
-    """Contents, and the products that each leads to."""
-    nothing = torch.zeros(0, ids.codes.shape[1], dtype=torch.int64)
-    return Queries(
-        names=embeddings.ids,
-        histories=[nothing] * len(embeddings.ids),
-        contents=torch.from_numpy(embeddings.vectors),
-        answers=[{ids.rows.get(id_, -2) for id_ in own} for own in linked_products(embeddings)],
-        single=False,
+def read_data(config: GeneratorTraining) -> Data:
+    """Read what the config names. Raises `UserError` for what does not belong together."""
+    ids = SemanticIds.load(config.ids)
+    sessions = read_sessions(config.sessions) if config.sessions else None
+    splits = {}
+    if sessions is not None and config.by is not None:
+        splits = {
+            "val": split_sessions(sessions, config.by, "val"),
+            "test": split_sessions(sessions, config.by, "test"),
+        }
+    contents = read_embeddings(config.contents) if config.contents else None
+    if contents is not None:
+        check_encoders(config, ids, contents)
+    return Data(
+        ids=ids,
+        sessions=sessions,
+        rows=id_rows(ids, sessions.product_ids if sessions else []),
+        splits=splits,
+        contents=contents,
+        val_contents=read_embeddings(config.val_contents) if config.val_contents else None,
     )
 
 
@@ -259,37 +276,35 @@ def linked_products(embeddings: Embeddings) -> list[list[str]]:
 
 
 def training_batches(
-    config: GeneratorTraining,
-    ids: SemanticIds,
-    sessions: Sessions | None,
-    contents: Embeddings | None,
+    config: GeneratorTraining, data: Data
 ) -> tuple[SequenceBatches, dict[str, int]]:
     """All that is learned from, and counts of what was left out."""
     counts = {"sessions": 0, "unknown_items": 0, "items": 0, "contents": 0}
     sequences, pairs = [], []
-    if sessions is not None:
-        for own in without_last(sessions.items, config.held_out):
-            rows, unknown = ids.known(own)
-            sequences.append(np.array(rows, np.int64))
-            counts["unknown_items"] += unknown
-            counts["items"] += len(rows)
+    if data.sessions is not None:
+        learned = data.splits["val"].train if data.splits else data.sessions.events
+        found = [data.rows[own] for own in learned]
+        sequences = [own[own >= 0] for own in found]
         counts["sessions"] = len(sequences)
+        counts["items"] = sum(map(len, sequences))
+        unknown = data.sessions.dropped.get("unknown product id", 0)
+        counts["unknown_items"] = unknown + len(learned.items) - counts["items"]
         if counts["items"] < counts["unknown_items"]:
             raise UserError(
                 f"{config.ids}: knows {counts['items']:,} and not {counts['unknown_items']:,} of the "
                 f"products in {config.sessions}; they are of another catalogue"
             )
-    if contents is not None:
-        for row, own in enumerate(linked_products(contents)):
-            pairs += [(row, product) for product in ids.known(own)[0]]
-        counts["contents"] = len(contents.ids)
+    if data.contents is not None:
+        for row, own in enumerate(linked_products(data.contents)):
+            pairs += [(row, product) for product in data.ids.known(own)[0]]
+        counts["contents"] = len(data.contents.ids)
     batches = SequenceBatches(
         sequences,
         batch_size=config.batch_size,
         max_items=config.model.max_items + 1,  # A whole history, and what comes next.
         drop_items=config.drop_items,
         pairs=pairs,
-        contents=None if contents is None else contents.vectors,
+        contents=None if data.contents is None else data.contents.vectors,
         seed=config.seed,
     )
     return batches, counts
@@ -309,41 +324,113 @@ def check_encoders(config: GeneratorTraining, ids: SemanticIds, contents: Embedd
 
 
 def recommend(
-    generator: Generator, queries: Queries, trie: Trie, num_beams: int, *, at_once: int = 128
-) -> Iterator[tuple[list[int], list[float]]]:
-    """The products and scores that beams find for each query, best first."""
-    order = sorted(range(len(queries.names)), key=lambda row: len(queries.histories[row]))
-    found: list[Any] = [None] * len(order)
-    for start in range(0, len(order), at_once):
-        rows = order[start : start + at_once]
-        contents = None if queries.contents is None else queries.contents[rows].to(generator.device)
-        beams = generator.generate(
-            [queries.histories[row] for row in rows],
-            trie=trie,
-            num_beams=num_beams,
-            contents=contents,
-        )
-        assert beams.products is not None
-        for row, products, scores in zip(
-            rows, beams.products.tolist(), beams.scores.tolist(), strict=True
-        ):
-            there = sum(product >= 0 for product in products)
-            found[row] = (products[:there], scores[:there])
-    yield from found
+    generator: Generator, data: Data, split: Split, trie: Trie, num_beams: int
+) -> RankedProducts:
+    """The lists of a split's queries, in the rows of the sessions' catalogue."""
+    histories = histories_as_codes(split.histories, data.ids, data.rows)
+    contents = torch.zeros(len(histories), data.width) if data.width else None
+    found = generate_lists(generator, histories, trie=trie, num_beams=num_beams, contents=contents)
+    return in_catalogue(found, data.ids, data.rows)
 
 
-def measure(lists: Sequence[Sequence[int]], queries: Queries) -> dict[str, float]:
-    """R@K, and for single answers nDCG@K, of items: the rank of the first right one, or a miss."""
-    ranks = [
-        next((place for place, product in enumerate(own, 1) if product in answers), math.inf)
-        for own, answers in zip(lists, queries.answers, strict=True)
-    ]
-    metrics = {f"R@{k}": float(np.mean([rank <= k for rank in ranks])) for k in (1, 5, 10)}
-    if queries.single:
-        for k in (5, 10):
-            gains = [1 / math.log2(1 + rank) if rank <= k else 0.0 for rank in ranks]
-            metrics[f"N@{k}"] = float(np.mean(gains))
-    return metrics
+def validate(
+    config: GeneratorTraining, generator: Generator, data: Data, trie: Trie
+) -> dict[str, float]:
+    """Means over some users, or contents, of validation; empty where there are none."""
+    if data.splits:
+        split = sample_queries(data.splits["val"], config.eval_users, seed=config.seed)
+        lists = recommend(generator, data, split, trie, config.num_beams)
+        found = evaluate_recommendations({NAME: lists}, split, len(data.rows), num_resamples=1)
+        means = found.systems[NAME]["kept"].slices["all"]
+        return {name: float(means[name]) for name in METRIC_NAMES}
+    if data.val_contents is not None:
+        return validate_contents(config, generator, data.val_contents, data.ids, trie)
+    return {}
+
+
+def validate_contents(
+    config: GeneratorTraining,
+    generator: Generator,
+    contents: Embeddings,
+    ids: SemanticIds,
+    trie: Trie,
+) -> dict[str, float]:
+    """How well the products are found that contents lead to, of which each may have several."""
+    count = min(config.eval_users, len(contents.ids))
+    asked = np.sort(
+        np.random.default_rng(config.seed).choice(len(contents.ids), count, replace=False)
+    )
+    nothing = torch.zeros(0, ids.codes.shape[1], dtype=torch.int64)
+    lists = generate_lists(
+        generator,
+        [nothing] * count,
+        trie=trie,
+        num_beams=config.num_beams,
+        contents=torch.from_numpy(contents.vectors[asked]),
+    )
+    linked = linked_products(contents)
+    answers = [id_rows(ids, linked[row]).tolist() for row in asked]
+    values = per_query(rank_answers(lists, answers, len(ids)))
+    return {name: float(column.mean()) for name, column in values.items()}
+
+
+def test(
+    config: GeneratorTraining, generator: Generator, data: Data, trie: Trie
+) -> Evaluation | None:
+    """Write the lists of validation and test, and their figures; None where no session is held out."""
+    if data.sessions is None or not data.splits:
+        return None
+    lists, seconds = {}, 0.0
+    for name, split in data.splits.items():
+        started = time.perf_counter()
+        lists[name] = recommend(generator, data, split, trie, config.test_beams)
+        seconds += time.perf_counter() - started
+        write_lists(config.out / "lists" / f"{name}.parquet", lists[name], data.sessions, split)
+    val, asked = data.splits["val"], data.splits["test"]
+    of_val = evaluate_recommendations({NAME: lists["val"]}, val, len(data.rows))
+    systems = {
+        "popularity": popularity_scores(asked.train, len(asked.targets), len(data.rows)),
+        COUNTS: transition_scores(asked.train, asked.histories, len(data.rows)),
+        NAME: lists["test"],
+    }
+    found = evaluate_recommendations(systems, asked, len(data.rows))
+    users_per_s = sum(len(split.targets) for split in data.splits.values()) / seconds
+    text = "\n".join(
+        [
+            format_table(found),
+            "",
+            f"validation: {format_means(of_val)}",
+            f"{users_per_s:.0f} users/s at {config.test_beams} beams",
+        ]
+    )
+    write_whole(config.out / "table.txt", text + "\n")
+    metrics = found.to_dict() | {"val": of_val.to_dict(), "num_beams": config.test_beams}
+    metrics["users_per_s"] = users_per_s
+    write_whole(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(text)
+    return found
+
+
+def format_means(found: Evaluation) -> str:
+    """The generator's figures over all queries, seen products kept, in a line."""
+    means = found.systems[NAME]["kept"].slices["all"]
+    return "  ".join(f"{name} {means[name]:.4f}" for name in METRIC_NAMES)
+
+
+def evaluate_again(config: GeneratorTraining) -> None:
+    """Measure the generator of a finished or stopped run."""
+    accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        return
+    data = read_data(config)
+    generator = Generator.load(config.out / "generator", device=str(accelerator.device))
+    check_ids(generator, data.ids, str(config.ids))
+    trie = build_trie(data.ids.codes, device=accelerator.device)
+    if test(config, generator, data, trie) is None:
+        means = validate(config, generator, data, trie)
+        if not means:
+            raise UserError("nothing to measure on: give --sessions, or --val-contents")
+        print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -359,8 +446,18 @@ def build_optimizer(generator: Generator, config: GeneratorTraining) -> torch.op
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
+def has_given_up(config: GeneratorTraining, progress: Progress, eval_every: int) -> bool:
+    """Whether as many evaluations in a row as `patience` says were no better than the best before them."""
+    if not config.patience or progress.best is None:
+        return False
+    return progress.evaluated_step - progress.best_step >= config.patience * eval_every
+
+
 def main(config: GeneratorTraining) -> None:
     """Train, evaluate while training, keep the best generator, and test it."""
+    if config.evaluate_only:
+        check_ranges(config)
+        return evaluate_again(config)
     checkpoint = check(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -381,26 +478,14 @@ def main(config: GeneratorTraining) -> None:
         torch.set_num_threads(config.cpu_threads or max(1, (cores or 1) // ranks))
 
     # --- data ----------------------------------------------------------------------------------
-    ids = SemanticIds.load(config.ids)
-    sessions = read_sessions(config.sessions) if config.sessions else None
-    contents = read_embeddings(config.contents) if config.contents else None
-    if contents is not None:
-        check_encoders(config, ids, contents)
-    width = contents.vectors.shape[1] if contents else 0
-    batches, counts = training_batches(config, ids, sessions, contents)
-    queries, tests = None, None
-    if sessions is not None and config.held_out >= 2:
-        queries = session_queries(sessions, ids, config, 2, width)
-    if sessions is not None:
-        tests = session_queries(sessions, ids, config, 1, width)
-    if sessions is None and config.val_contents is not None:
-        queries = content_queries(read_embeddings(config.val_contents), ids)
-    asked = queries.take(config.eval_users, config.seed) if queries else None
+    data = read_data(config)
+    ids = data.ids
+    batches, counts = training_batches(config, data)
     total_steps = config.epochs * batches.steps_per_epoch
     eval_every = config.eval_epochs * batches.steps_per_epoch
 
     # --- model ---------------------------------------------------------------------------------
-    shape = replace(config.model, content_width=width)
+    shape = replace(config.model, content_width=data.width)
     generator = Generator(shape, ids.sizes, root=ids.root or ids.fingerprint)
     optimizer = build_optimizer(generator, config)
     model, optimizer = accelerator.prepare(generator, optimizer)
@@ -452,15 +537,15 @@ def main(config: GeneratorTraining) -> None:
     def evaluate(progress: Progress) -> Progress:
         """Measure on validation and keep the generator if it is the best so far; the first rank does."""
         value = None
-        if run and asked:
+        if run:
             generator.eval()
-            lists = [own for own, _ in recommend(generator, asked, trie, config.num_beams)]
-            metrics = measure(lists, asked)
-            value = metrics[METRIC]
-            run.log({"step": progress.step, **{f"val/{n}": v for n, v in metrics.items()}})
-            shown = "  ".join(f"{name} {v:.4f}" for name, v in metrics.items())
-            bar.write(f"step {progress.step}: val {shown}", file=sys.stderr)
+            means = validate(config, generator, data, trie)
             generator.train()
+            value = means.get(METRIC)
+            if means:
+                run.log({"step": progress.step, **{f"val/{n}": v for n, v in means.items()}})
+                shown = "  ".join(f"{name} {v:.4f}" for name, v in means.items())
+                bar.write(f"step {progress.step}: val {shown}", file=sys.stderr)
         better = value is None or progress.best is None or value >= progress.best
         with saving(config.out):
             if run and better:
@@ -478,11 +563,14 @@ def main(config: GeneratorTraining) -> None:
     bar = tqdm(total=total_steps, initial=progress.step, desc="train", unit="step", disable=hidden)
     agreement = Agreement()
     started = time.perf_counter() - progress.seconds
-    stop = 0
+    stop, over = 0, agreement.largest(int(has_given_up(config, progress, eval_every)))
     with bar, StopSignals(announce=run is not None) as signals:
+        # Where a run was stopped between a step and its evaluation.
+        if progress.step % eval_every == 0 and 0 < progress.step != progress.evaluated_step:
+            progress = evaluate(progress)
         model.train()
         watch = Stopwatch()
-        while progress.step < total_steps and not stop:
+        while progress.step < total_steps and not stop and not over:
             plan = batches.plan(progress.epoch)
             for place in range(progress.batch, batches.steps_per_epoch):
                 share = slice(accelerator.process_index, None, ranks)
@@ -528,9 +616,10 @@ def main(config: GeneratorTraining) -> None:
                 if evaluates and not stop:
                     progress = evaluate(progress)
                     watch.report()
-                if saves or stop:
+                    over = agreement.largest(int(has_given_up(config, progress, eval_every)))
+                if saves or stop or over:
                     save_checkpoint(accelerator, config.out, progress, keep=config.keep_checkpoints)
-                if stop:
+                if stop or over:
                     break
     if stop:
         if run:
@@ -541,10 +630,9 @@ def main(config: GeneratorTraining) -> None:
 
     # --- test and save -------------------------------------------------------------------------
     if run:
-        device = str(accelerator.device)
-        best = Generator.load(config.out / "generator", device=device)
-        metrics = test(config, best, ids, tests, trie) if tests else {}
-        finish(config, progress, counts, metrics)
+        best = Generator.load(config.out / "generator", device=str(accelerator.device))
+        found = test(config, best, data, trie)
+        finish(config, progress, counts, found)
     accelerator.end_training()
 
 
@@ -557,27 +645,8 @@ def parents_of(config: GeneratorTraining) -> list[Parent]:
     ]
 
 
-def test(
-    config: GeneratorTraining, generator: Generator, ids: SemanticIds, queries: Queries, trie: Trie
-) -> dict[str, float]:
-    """Ask for every session's last product, and write what was recommended beside the figures."""
-    started = time.perf_counter()
-    found = list(recommend(generator, queries, trie, config.test_beams))
-    seconds = time.perf_counter() - started
-    table = {
-        "user_id": queries.names,
-        "item_ids": [[ids.product_ids[row] for row in rows] for rows, _ in found],
-        "scores": pa.array([scores for _, scores in found], pa.list_(pa.float32())),
-    }
-    pq.write_table(pa.table(table), config.out / "recommendations.parquet")
-    metrics = measure([rows for rows, _ in found], queries)
-    metrics["users_per_s"] = len(found) / seconds
-    write_whole(config.out / "test.json", json.dumps(metrics, indent=2) + "\n")
-    return metrics
-
-
 def finish(
-    config: GeneratorTraining, progress: Progress, counts: dict[str, int], metrics: dict[str, float]
+    config: GeneratorTraining, progress: Progress, counts: dict[str, int], found: Evaluation | None
 ) -> None:
     """Write the run's manifest and say where the generator is."""
     generator = read_manifest(config.out / "generator", "generator")
@@ -595,7 +664,6 @@ def finish(
             details={
                 "best": {METRIC: progress.best, "step": progress.best_step},
                 "minutes": minutes,
-                "test": metrics,
             },
         ),
     )
@@ -603,12 +671,8 @@ def finish(
     if progress.best is not None:
         best = f"best val {METRIC} {progress.best:.4f} at step {progress.best_step}"
     print(f"trained {progress.step} steps in {minutes:.1f} min; {best}")
-    if metrics:
-        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("R@5", "N@5", "R@10", "N@10"))
-        print(
-            f"test, items, seen kept: {shown}; {metrics['users_per_s']:.0f} users/s at "
-            f"{config.test_beams} beams"
-        )
+    if found:
+        print(f"test, seen kept: {format_means(found)}")
     print(f"generator: {config.out / 'generator'}")
 
 

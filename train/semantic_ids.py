@@ -32,9 +32,9 @@ from mmrec.cli import run_program
 from mmrec.errors import UserError
 from mmrec.generative.ids_report import describe_ids, draw_report, format_report
 from mmrec.generative.semantic_ids import KIND, SemanticIdConfig, SemanticIds, build_ids
-from mmrec.generative.sequences import read_sessions, without_last
+from mmrec.generative.sessions import SplitBy, read_sessions, split_sessions
 from mmrec.manifest import Parent, check_output, find_parent, parent_of, read_manifest
-from mmrec.ranges import Count, CountOrZero, check_ranges
+from mmrec.ranges import Count, check_ranges
 from mmrec.retrieval.embed import Embeddings, read_embeddings
 
 
@@ -51,13 +51,13 @@ class SemanticIdsProgram:
     extend: Path | None = None
     """IDs to add to: their codebook is taken as it is, and none of them changes."""
     tables: Path | None = None
-    """Tables with products and sessions, instead of embeddings."""
+    """A folder of sessions (mmrec/generative/sessions.py), instead of embeddings."""
     of: tuple[Literal["titles", "sessions"], ...] = ("titles", "sessions")
     """What of the tables products are told by: words of titles, neighbours in training sessions, or both."""
     width: Count = 128
     """Numbers that each of these gives a product."""
-    held_out: CountOrZero = 2
-    """Last products of a session that are not for training: leave-one-out holds out two."""
+    by: SplitBy | None = "leave-one-out"
+    """How targets are held out, as train/generator.py is told: IDs see none of them. None learns from all."""
     ids: tyro.conf.OmitArgPrefixes[SemanticIdConfig] = field(default_factory=SemanticIdConfig)
     category: str = "category"
     """The attribute of products that the report compares codes with, where they have it."""
@@ -163,10 +163,13 @@ def vectors_of_tables(
             raise UserError(f"{path}: has no column title; give --of sessions")
         parts.append(title_vectors(products["title"].to_pylist(), config.width))
     if "sessions" in config.of:
-        numbers = {id_: row for row, id_ in enumerate(product_ids)}
-        training = without_last(read_sessions(config.tables).items, config.held_out)
-        sequences = [[numbers[id_] for id_ in own if id_ in numbers] for own in training]
-        parts.append(sequence_vectors(sequences, len(product_ids), config.width))
+        sessions = read_sessions(config.tables)
+        training = sessions.events
+        if config.by is not None:
+            training = split_sessions(sessions, config.by, "val").train
+        parts.append(
+            sequence_vectors([own.tolist() for own in training], len(product_ids), config.width)
+        )
     vectors, counts["without_vector"] = joined_vectors(parts)
     if counts["without_vector"]:
         print(

@@ -186,15 +186,8 @@ class Generator(nn.Module):
         Returns it as `loss`, and each level's share of it.
         """
         inputs = self.drop(self.inputs(ids, contents)[:, :-1])
-        length = inputs.shape[1]
-        there = present.repeat_interleave(self.levels, dim=1)
-        there = torch.cat([torch.ones_like(there[:, :1]), there], dim=1)[:, :-1]
-        states = self.body(
-            inputs_embeds=inputs,
-            attention_mask=there.long(),
-            position_ids=torch.arange(length, device=ids.device).expand(len(ids), -1),
-            use_cache=False,
-        ).last_hidden_state
+        # No mask: causal attention never looks to the right, where the padding is.
+        states = self.body(inputs_embeds=inputs, use_cache=False).last_hidden_state
         states = self.drop(states).unflatten(1, (-1, self.levels))[present]  # (P, E, D)
         targets = ids[present]  # (P, E)
         losses = {

@@ -16,6 +16,24 @@ from mmrec.generative.evaluation import RankedProducts, check_id_table
 from mmrec.generative.sessions import Sessions, Split
 
 
+def write_lists(path: Path, ranked: RankedProducts, sessions: Sessions, split: Split) -> None:
+    """Write the lists of a split's queries, to be read by `read_lists`; the folder is made."""
+    listed = ranked.products >= 0
+    items, scores = [], []
+    for own, values, there in zip(ranked.products, ranked.scores, listed, strict=True):
+        items.append([sessions.product_ids[row] for row in own[there]])
+        scores.append(values[there].tolist())
+    table = pa.table(
+        {
+            "user_id": [sessions.user_ids[user] for user in split.queries],
+            "item_ids": pa.array(items, pa.list_(pa.string())),
+            "scores": pa.array(scores, pa.list_(pa.float64())),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
 def read_lists(
     path: Path, sessions: Sessions, split: Split
 ) -> tuple[RankedProducts, dict[str, int]]:

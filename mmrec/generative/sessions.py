@@ -12,7 +12,7 @@ Shape letters: U users, V = U + 1, E events of all users together, Q queries, W 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from mmrec.manifest import Manifest, Parent, fingerprint_of, hash_file, write_ma
 KIND = "sessions"
 FILES = ("products", "sessions")
 HeldOut = Literal["val", "test"]
+SplitBy = Literal["leave-one-out", "time"]
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,25 @@ def encode_history(
             f"history: expected product ids of the catalogue, such as {product_ids[0]}; {found}"
         )
     return events.items, unknown
+
+
+def split_sessions(sessions: Sessions, by: SplitBy, held_out: HeldOut) -> Split:
+    """`leave_one_out` or `time_split`, by name."""
+    return (leave_one_out if by == "leave-one-out" else time_split)(sessions, held_out)
+
+
+def sample_queries(split: Split, most: int, *, seed: int) -> Split:
+    """The split with at most so many of its queries, drawn by the seed."""
+    if len(split.queries) <= most:
+        return split
+    drawn = np.random.default_rng(seed).choice(len(split.queries), most, replace=False)
+    numbers = np.sort(drawn)
+    return replace(
+        split,
+        queries=split.queries[numbers],
+        histories=split.histories.take(numbers),
+        targets=split.targets[numbers],
+    )
 
 
 def leave_one_out(sessions: Sessions, held_out: HeldOut) -> Split:

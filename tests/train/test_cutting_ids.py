@@ -85,11 +85,11 @@ def test_ids_of_tables_see_no_held_out_product(tmp_path: Path) -> None:
         return tmp_path / name
 
     ids = [
-        SemanticIds.load(
-            cut(tmp_path / f"ids{last}", tables=tables(last, last), held_out=1, width=4)
-        )
+        SemanticIds.load(cut(tmp_path / f"ids{last}", tables=tables(last, last), width=4))
         for last in ("0", "5")
     ]
     assert ids[0].fingerprint == ids[1].fingerprint
+    whole = cut(tmp_path / "all", tables=tmp_path / "5", by=None, width=4)
+    assert SemanticIds.load(whole).fingerprint != ids[1].fingerprint
     with pytest.raises(UserError, match="give --embeddings FOLDER, or --tables"):
         cut(tmp_path / "none")

@@ -1,6 +1,7 @@
 """Training a generator: it learns what follows what, and goes on where it was stopped."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from safetensors.numpy import load_file
 from mmrec.errors import UserError
 from mmrec.generative.generator import Generator, GeneratorConfig
 from mmrec.generative.semantic_ids import SemanticIdConfig, SemanticIds, build_ids
-from mmrec.generative.sequences import SequenceBatches, held_out_queries, without_last
+from mmrec.generative.sequences import SequenceBatches
+from mmrec.generative.sessions import read_sessions, time_split, write_sessions
 from mmrec.manifest import Parent, read_manifest
 
 NAMES = [f"p{row}" for row in range(24)]
@@ -44,11 +46,30 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sessions(ids: Path) -> Path:
     """Every product is followed by the one seven numbers on, from any start; one product is unknown."""
     folder = ids.parent / "sessions"
-    folder.mkdir()
     items = [[NAMES[(start + 7 * place) % 24] for place in range(8)] for start in range(24)]
     items[0].insert(0, "unknown")
-    table = pa.table({"user_id": [f"u{row}" for row in range(24)], "item_ids": items})
-    pq.write_table(table, folder / "sessions.parquet")
+    # The catalogue has an order of its own, and a product without an ID, which u1 began with.
+    items[1].insert(0, "without ID")
+    return write_folder(folder, items, [*reversed(NAMES), "without ID"])
+
+
+def write_folder(folder: Path, items: list[list[str]], products: list[str]) -> Path:
+    """A folder of sessions, of which each event is a second after the one before it."""
+    folder.mkdir()
+    times = [[100 * row + place for place in range(len(own))] for row, own in enumerate(items)]
+    write_sessions(
+        folder,
+        products=pa.table({"product_id": products}),
+        sessions=pa.table(
+            {
+                "user_id": [f"u{row}" for row in range(len(items))],
+                "item_ids": items,
+                "times": times,
+            }
+        ),
+        config={},
+        counts={},
+    )
     return folder
 
 
@@ -76,17 +97,77 @@ def test_it_learns_what_follows_what(
     ids: Path, sessions: Path, tmp_path: Path, fresh_accelerate: None, capsys: pytest.CaptureFixture
 ) -> None:
     out = run(tmp_path / "run", ids, sessions=sessions)
-    test = json.loads((out / "test.json").read_text())
-    assert test["R@1"] > 0.9
-    recommended = pq.read_table(out / "recommendations.parquet").to_pylist()
-    assert np.mean(
-        [row["item_ids"][0] == NAMES[(number + 49) % 24] for number, row in enumerate(recommended)]
-    ) == pytest.approx(test["R@1"])
-    assert "1 without an ID left out" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["gallery"], metrics["queries"]) == (25, 24)
+    assert set(metrics["systems"]) == {"popularity", "transition counts", "generator"}
+    means = metrics["systems"]["generator"]["kept"]["slices"]["all"]
+    assert means["R@5"] > 0.9
+    assert metrics["systems"]["generator"]["kept"]["inflated_by"]["all"]["R@5"] >= 0
+    for name, step in (("test", 49), ("val", 42)):
+        lists = pq.read_table(out / f"lists/{name}.parquet").to_pylist()
+        ranks = [
+            row["item_ids"].index(NAMES[(number + step) % 24]) + 1
+            for number, row in enumerate(lists)
+            if NAMES[(number + step) % 24] in row["item_ids"]
+        ]
+        of = (
+            means
+            if name == "test"
+            else metrics["val"]["systems"]["generator"]["kept"]["slices"]["all"]
+        )
+        assert sum(rank <= 5 for rank in ranks) / 24 == pytest.approx(of["R@5"])
+        assert all(row["scores"] == sorted(row["scores"], reverse=True) for row in lists)
+    assert "2 without an ID left out" in printed.err
+    assert "inflated by" in printed.out
     manifest = read_manifest(out / "generator", "generator")
     assert manifest.parent("semantic_ids") is not None
-    assert read_manifest(out, "run").counts["unknown_items"] == 1
+    assert read_manifest(out, "run").counts["unknown_items"] == 2
     assert Generator.load(out / "generator").root == SemanticIds.load(ids).fingerprint
+
+    # Measured again, from the run's own config, it finds the same.
+    program = load_program("train/generator.py")
+    shutil.rmtree(out / "lists")
+    reset_accelerate()
+    program.main(program.parse([str(out / "config.json"), "--evaluate-only"]))
+    again = json.loads((out / "metrics.json").read_text())
+    assert again | {"users_per_s": 0} == metrics | {"users_per_s": 0}
+    assert (out / "lists/val.parquet").is_file()
+    assert not list((out / "generator").glob("*.tmp"))
+
+
+def test_a_time_split_learns_nothing_later_than_a_query(
+    ids: Path, tmp_path: Path, fresh_accelerate: None
+) -> None:
+    items = [[NAMES[(start + place) % 24] for place in range(12)] for start in range(24)]
+    folder = write_folder(tmp_path / "sessions", items, NAMES)
+    table = pq.read_table(folder / "sessions.parquet").drop_columns(["times"])
+    times = pa.array([[100 * place + row for place in range(12)] for row in range(24)])
+    pq.write_table(table.append_column("times", times), folder / "sessions.parquet")
+    out = run(tmp_path / "run", ids, sessions=folder, by="time", epochs=2, eval_epochs=1)
+    split = time_split(read_sessions(folder), "test")
+    assert read_manifest(out, "run").counts["items"] == len(split.train.items)
+    lists = pq.read_table(out / "lists/test.parquet")
+    assert (
+        len(lists)
+        == len(split.queries)
+        == json.loads((out / "metrics.json").read_text())["queries"]
+    )
+
+
+def test_training_ends_where_validation_has_been_no_better_for_long(
+    ids: Path, sessions: Path, tmp_path: Path, fresh_accelerate: None, monkeypatch: Any
+) -> None:
+    program = load_program("train/generator.py")
+    values = iter([0.2, 0.1, 0.3, 0.2, 0.1, 0.9])
+    monkeypatch.setattr(program, "validate", lambda *_: {"R@10": next(values)})
+    settings = {"sessions": sessions, "eval_epochs": 1, "patience": 2}
+    out = run(tmp_path / "run", ids, **settings)
+    assert read_manifest(out, "run").details["best"] == {"R@10": 0.3, "step": 9}
+    assert read_manifest(out, "run").counts["steps"] == 15
+    resumed = run(out, ids, **settings, resume=True)
+    assert read_manifest(resumed, "run").counts["steps"] == 15
+    assert next(values) == 0.9
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(
@@ -138,10 +219,9 @@ def test_contents_lead_to_products(ids: Path, tmp_path: Path, fresh_accelerate: 
 
 
 def test_sessions_of_another_catalogue_are_refused(ids: Path, tmp_path: Path) -> None:
-    table = pa.table({"user_id": ["a"], "item_ids": [["x", "y", "z", "w"]]})
-    pq.write_table(table, tmp_path / "sessions.parquet")
+    others = write_folder(tmp_path / "others", [list("xyzw")], list("xyzw"))
     with pytest.raises(UserError, match="they are of another catalogue"):
-        run(tmp_path / "run", ids, sessions=tmp_path)
+        run(tmp_path / "run", ids, sessions=others)
     reset_accelerate()
     with pytest.raises(UserError, match="give --sessions FOLDER, --contents FOLDER, or both"):
         run(tmp_path / "run", ids)
@@ -156,13 +236,6 @@ def test_flags_override_an_earlier_config(tmp_path: Path) -> None:
     program.RunFolder(tmp_path, first, from_step=None)
     again = program.parse([str(tmp_path / "config.json"), "--resume"])
     assert again == replace(first, resume=True)
-
-
-def test_training_sees_nothing_held_out() -> None:
-    items = [["a", "b", "c", "d"], ["a", "b", "c"], ["a", "b"]]
-    assert without_last(items, 2) == [["a", "b"], ["a"], ["a", "b"]]
-    assert held_out_queries(items, 2, 1) == [(0, ["a", "b", "c"], "d"), (1, ["a", "b"], "c")]
-    assert held_out_queries(items, 2, 2) == [(0, ["a", "b"], "c"), (1, ["a"], "b")]
 
 
 def test_batches_are_a_function_of_seed_and_epoch() -> None:
