@@ -21,6 +21,7 @@ from mmrec.retrieval.faiss_base import (
     candidates_of,
     core_of,
     flat_matrix,
+    has_lists,
     keeps_vectors,
     read_base,
     reconstruct,
@@ -116,6 +117,11 @@ class Base:
     def graph(self) -> bool:
         """Whether searches follow a graph."""
         return candidates_of(self.index) is not None
+
+    @cached_property
+    def approximate(self) -> bool:
+        """Whether searches look at some of the rows alone: along a graph, or in inverted lists."""
+        return self.graph or has_lists(self.index)
 
     @cached_property
     def exact(self) -> bool:

@@ -1,4 +1,4 @@
-"""Inverted lists over a large delta, so that many upserts do not slow the search of a graph down.
+"""Inverted lists over a large delta, so that many upserts do not slow an approximate search down.
 
 Shape letters: Q queries, M rows of the delta, G rows in the lists, K matches, I indexed width.
 

@@ -405,6 +405,11 @@ def keeps_rows_in_lists(index: Any) -> bool:
     return isinstance(index, faiss.IndexIVF) and not isinstance(index, faiss.IndexIVFFastScan)
 
 
+def has_lists(base: Any) -> bool:
+    """Whether an index has inverted lists, of which a search probes some."""
+    return isinstance(core_of(base), faiss.IndexIVF)
+
+
 def list_sizes(base: Any) -> Int64[np.ndarray, " L"]:
     """Rows in each inverted list; empty for an index without lists."""
     core = core_of(base)

@@ -313,7 +313,7 @@ class View:
         """What the base gave, joined by what the delta has that is better."""
         full = found[0].shape[1] == k and bool((found[1][:, -1] >= 0).all())
         lists = None
-        if full and selection is None and self.base.graph:
+        if full and selection is None and self.base.approximate:
             lists = self.delta.lists.over(queries, self.delta.scored)
         if lists is not None:
             listed, late = self._parted(lists)

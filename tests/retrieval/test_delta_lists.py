@@ -12,12 +12,14 @@ from mmrec.retrieval.index import ProductIndex
 WIDTH, NUM_BASE, NUM_LATE = 16, 400, 2 * FEWEST_ROWS
 
 
-@pytest.fixture
-def index() -> ProductIndex:
-    """A graph, and many times as many products upserted since."""
+@pytest.fixture(params=["HNSW16", "IVF8,Flat"])
+def index(request: pytest.FixtureRequest) -> ProductIndex:
+    """An approximate base, and many times as many products upserted since."""
     vectors = unit_vectors(NUM_BASE + NUM_LATE, width=WIDTH)
     ids = names(NUM_BASE + NUM_LATE)
-    index = ProductIndex.build(ids[:NUM_BASE], vectors[:NUM_BASE], factory="HNSW16")
+    index = ProductIndex.build(ids[:NUM_BASE], vectors[:NUM_BASE], factory=request.param)
+    if request.param == "IVF8,Flat":
+        index._view.base.index.nprobe = 8  # What the base finds is not what is tested.
     index.upsert(ids[NUM_BASE:], vectors[NUM_BASE:])
     return index
 
