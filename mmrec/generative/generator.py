@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmrec.errors import UserError
 from mmrec.generative.beam import Beams, beam_search
+from mmrec.generative.dropout import replace_dropouts
 from mmrec.generative.semantic_ids import SemanticIds
 from mmrec.generative.trie import Trie
 from mmrec.manifest import (
@@ -36,10 +37,11 @@ from mmrec.ranges import Count, CountOrZero, Share, check_ranges
 
 KIND = "generator"
 _WEIGHTS = "model.safetensors"
-# Names that architectures have for the share of values dropped in training.
-_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout")
-_DROPOUTS += ("hidden_dropout_prob", "attention_probs_dropout_prob", "residual_dropout", "dropout")
-_DROPOUTS += ("embedding_dropout",)
+# Names that architectures have for the share of values dropped in training. Attention's weights are not
+# among them: without it attention is one call that holds no matrix of them, on a CPU and on a GPU.
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob")
+_DROPOUTS += ("residual_dropout", "dropout", "embedding_dropout")
+_NO_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _NO_WORDS = {"vocab_size": 1, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -50,11 +52,11 @@ class GeneratorConfig:
     architecture: str = "phi3"
     """A model type of transformers, started from random weights (phi3 is like llama, with dropout between its
     layers; qwen3, llama and gpt2 work as well), or the folder or name of a pretrained causal model."""
-    width: Count = 192
+    width: Count = 128
     """D; not of pretrained models, which have their own, nor are the next three."""
     layers: Count = 4
-    heads: Count = 6
-    inner: Count = 512
+    heads: Count = 4
+    inner: Count = 384
     """Width between the two halves of a layer's feed-forward part."""
     dropout: Share = 0.2
     """Share of values dropped in training, wherever the architecture knows to, and before the output."""
@@ -102,6 +104,7 @@ class Generator(nn.Module):
         if config.content_width:
             self.content = nn.Linear(config.content_width, self.width)
         self.drop = nn.Dropout(config.dropout)
+        replace_dropouts(self)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -335,9 +338,10 @@ def build_body(config: GeneratorConfig, positions: int) -> nn.Module:
                 max_position_embeddings=positions,
                 **_NO_WORDS,
             )
-            for name in _DROPOUTS:
+            shares = {name: config.dropout for name in _DROPOUTS} | dict.fromkeys(_NO_DROPOUTS, 0.0)
+            for name, share in shares.items():
                 if hasattr(settings, name):
-                    setattr(settings, name, config.dropout)
+                    setattr(settings, name, share)
             body = transformers.AutoModel.from_config(settings)
         else:
             body = transformers.AutoModel.from_pretrained(config.architecture)
