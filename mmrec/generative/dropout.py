@@ -1,8 +1,8 @@
 """Dropout whose masks cost little on a CPU.
 
 PyTorch draws the masks of `nn.Dropout` one number after another in one thread, except on processors by
-Intel: of a small model's training step on four cores of another make that was a third. Here one 64-bit draw
-decides over eight values.
+Intel: that was a tenth of a small model's training step on one core, and more of it the more cores share the
+rest. Here one 64-bit draw decides over eight values.
 """
 
 import torch

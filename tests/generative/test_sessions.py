@@ -14,7 +14,9 @@ from mmrec.generative.sessions import (
     encode_history,
     leave_one_out,
     read_sessions,
+    sample_queries,
     sequences_of,
+    split_sessions,
     time_split,
 )
 from mmrec.manifest import read_manifest
@@ -151,3 +153,24 @@ def test_a_time_split_needs_times(tmp_path: Path) -> None:
     same = write_small(tmp_path / "b", ["abc"], times=[[5, 5, 5]])
     with pytest.raises(UserError, match="0 events before the first cut"):
         time_split(same, "test")
+
+
+def test_a_sample_of_queries_is_part_of_the_split(tmp_path: Path) -> None:
+    lists = ["abcd", "bcde", "ab", "cdef", "defg", "efgh"]
+    sessions = write_small(
+        tmp_path, lists, times=[[*range(row, row + len(own))] for row, own in enumerate(lists)]
+    )
+    whole = split_sessions(sessions, "leave-one-out", "test")
+    assert letters(whole.histories) == letters(leave_one_out(sessions, "test").histories)
+    assert letters(split_sessions(sessions, "time", "val").train) == letters(
+        time_split(sessions, "val").train
+    )
+    sample = sample_queries(whole, 3, seed=1)
+    assert sample.queries.tolist() == sample_queries(whole, 3, seed=1).queries.tolist()
+    assert len(sample.queries) == len(set(sample.queries)) == 3
+    for user, history, target in zip(
+        sample.queries, letters(sample.histories), sample.targets, strict=True
+    ):
+        assert lists[user] == history + "abcdefgh"[target]
+    assert letters(sample.train) == letters(whole.train)
+    assert sample_queries(whole, 9, seed=1) is whole
