@@ -5,9 +5,9 @@ with `ranker` (what mmrec.generative.ranker.Ranker.load reads), metrics.json, an
 
     python train/ranker.py --sessions runs/beauty/sessions --out runs/beauty/ranker
 
-Candidates come from transition counts, users in common, titles, and, where they are given, embeddings of
-`mmrec embed` and a generator's lists. The lists of a generator are needed for both splits: it must have seen
-neither target when it made them.
+Candidates come from transition counts, users in common, titles, and, where they are given, neighbours by
+embeddings of `mmrec embed`, the neighbours of what was watched since the last purchase (`--contents`), and
+the lists of a generator (`--generated`, a run of train/generator.py, which has seen neither target).
 
 No leak: counts stop before the validation target. The ranker is fitted on how those counts, and the other
 sources, see that target, and asked about the test target with the same counts ("hybrid"), whose history holds
@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from jaxtyping import Float32
+from scipy import sparse
 
 from mmrec.cli import run_program
 from mmrec.errors import UserError
@@ -39,14 +40,22 @@ from mmrec.generative.evaluation import (
     Scores,
     evaluate_recommendations,
     format_table,
-    list_scores,
 )
-from mmrec.generative.lists import read_id_table, read_lists
+from mmrec.generative.lists import list_shares, read_id_table, read_lists
 from mmrec.generative.ranker import KIND, RankerConfig, fit_ranker
-from mmrec.generative.sessions import Sessions, Split, leave_one_out, read_sessions, time_split
-from mmrec.manifest import check_output, parent_of, write_whole
+from mmrec.generative.sessions import (
+    HeldOut,
+    Sessions,
+    Split,
+    leave_one_out,
+    read_sessions,
+    time_split,
+)
+from mmrec.generative.watched import watched_before, watched_scores
+from mmrec.manifest import FILE_NAME, check_output, find_parent, parent_of, write_whole
 
 COUNTS, COUNTED_ANEW = "transition counts", "transition counts, validation counted"
+GENERATOR, WATCHED = "generator", "watched"
 HYBRID, HYBRID_ANEW = "hybrid", "hybrid, validation counted"
 PAIRS = ((HYBRID, COUNTS), (HYBRID_ANEW, COUNTED_ANEW))
 
@@ -63,12 +72,14 @@ class RankerTraining:
     """How targets are held out."""
     embeddings: tuple[Path, ...] = ()
     """Folders of embeddings of the products; each becomes a source."""
-    generated_val: Path | None = None
-    """A generator's lists for the validation split: Parquet with user_id, item_ids and scores."""
-    generated_test: Path | None = None
-    """The same for the test split."""
+    contents: tuple[Path, ...] = ()
+    """Folders of embeddings of the contents that the sessions say were watched, by the encoder of the first
+    of --embeddings. What was watched since the last purchase becomes a source."""
+    generated: Path | None = None
+    """A run of train/generator.py: its lists/val.parquet and lists/test.parquet become a source."""
     ids: Path | None = None
-    """The semantic IDs that the generator uses, to say what counting IDs instead of products would add."""
+    """The semantic IDs that the generator uses, to say what counting IDs instead of products would add; those
+    that the run names if left out."""
     ranker: RankerConfig = field(default_factory=RankerConfig)
     overwrite: bool = False
     """Replace the ranker that is there."""
@@ -79,17 +90,23 @@ def main(config: RankerTraining) -> None:
     # ------------------------------------------------------------ data
     folder = config.out / "ranker"
     check_output(folder, kind=KIND, overwrite=config.overwrite, inputs=[config.sessions])
-    if (config.generated_val is None) != (config.generated_test is None):
-        raise UserError("--generated-val and --generated-test go together")
-    if config.ids is not None and config.generated_test is None:
-        raise UserError("--ids says what a generator's figures gain; give --generated-test, too")
+    if config.ids is not None and config.generated is None:
+        raise UserError("--ids says what a generator's figures gain; give --generated, too")
+    if config.contents and not config.embeddings:
+        raise UserError("--contents: give --embeddings too, the products' by the same encoder")
+    if config.generated is not None and config.by == "time":
+        raise UserError(
+            "--generated: a generator's lists are for leave-one-out; leave out --by time"
+        )
     sessions = read_sessions(config.sessions)
     cut = leave_one_out if config.by == "leave-one-out" else time_split
     val, test = cut(sessions, "val"), cut(sessions, "test")
     embeddings = {path.name: vectors_of(path, sessions) for path in config.embeddings}
     num_products = len(sessions.product_ids)
-    val_lists = generated(config.generated_val, sessions, val)
-    test_lists = generated(config.generated_test, sessions, test, config.ids)
+    val_lists = generated(config, sessions, val, "val")
+    test_lists = generated(config, sessions, test, "test")
+    val_sources = sources(config, sessions, val, val_lists, embeddings)
+    test_sources = sources(config, sessions, test, test_lists, embeddings)
 
     # ------------------------------------------------------------ fit
     start = time.perf_counter()
@@ -99,18 +116,19 @@ def main(config: RankerTraining) -> None:
         sessions.titles,
         config.ranker,
         embeddings=embeddings,
-        proposed={name: list_scores(lists, num_products) for name, lists in val_lists.items()},
+        proposed=val_sources,
     )
     fit_s = time.perf_counter() - start
     config.out.mkdir(parents=True, exist_ok=True)
-    ranker.save(folder, parents=[parent_of(folder, config.sessions)], overwrite=config.overwrite)
+    inputs = [config.sessions, *config.embeddings, *config.contents, config.generated]
+    parents = [parent_of(folder, one) for one in inputs if one and (one / FILE_NAME).is_file()]
+    ranker.save(folder, parents=parents, overwrite=config.overwrite)
 
     # ------------------------------------------------------------ evaluate
-    proposed = {name: list_scores(lists, num_products) for name, lists in test_lists.items()}
     # What was seen is removed from lists: they must be longer than the cutoffs by a history.
     k = 20 + int(test.histories.lengths.max())
     start = time.perf_counter()
-    hybrid = ranker.rank(test.histories, k=k, proposed=proposed)
+    hybrid = ranker.rank(test.histories, k=k, proposed=test_sources)
     rank_s = time.perf_counter() - start
     transitions = config.ranker.transitions
     systems: dict[str, Scores] = {
@@ -119,8 +137,9 @@ def main(config: RankerTraining) -> None:
         COUNTED_ANEW: transition_scores(test.before, test.histories, num_products, transitions),
         "titles alone": ranker.source_scores("title", test.histories),
         **test_lists,
+        **{name: test_sources[name] for name in (WATCHED,) if name in test_sources},
         HYBRID: hybrid,
-        HYBRID_ANEW: ranker.recounted(test.before).rank(test.histories, k=k, proposed=proposed),
+        HYBRID_ANEW: ranker.recounted(test.before).rank(test.histories, k=k, proposed=test_sources),
     }
     found = evaluate_recommendations(systems, test, num_products)
     report(config, found, ranker.importance(), fit_s=fit_s, rank_s=rank_s)
@@ -144,17 +163,54 @@ def vectors_of(path: Path, sessions: Sessions) -> Float32[np.ndarray, "N D"]:
 
 
 def generated(
-    path: Path | None, sessions: Sessions, split: Split, ids: Path | None = None
+    config: RankerTraining, sessions: Sessions, split: Split, held_out: HeldOut
 ) -> dict[str, RankedProducts]:
-    """A generator's lists for a split, where there are any, under the name of the source."""
-    if path is None:
+    """The generator's lists for a split, where there is a generator, under the name of the source."""
+    if config.generated is None:
         return {}
+    path = config.generated / "lists" / f"{held_out}.parquet"
     lists, dropped = read_lists(path, sessions, split)
     for reason, count in dropped.items():
         print(f"{path}: {reason}: {count:,}")
-    table = read_id_table(ids, sessions) if ids else None
-    return {
-        "generator": RankedProducts(products=lists.products, scores=lists.scores, id_table=table)
+    ids = config.ids
+    if ids is None and (config.generated / GENERATOR / FILE_NAME).is_file():
+        ids = find_parent(config.generated / GENERATOR, "semantic_ids")
+    table = read_id_table(Path(str(ids)), sessions) if ids else None
+    return {GENERATOR: RankedProducts(products=lists.products, scores=lists.scores, id_table=table)}
+
+
+def sources(
+    config: RankerTraining,
+    sessions: Sessions,
+    split: Split,
+    lists: dict[str, RankedProducts],
+    embeddings: dict[str, Float32[np.ndarray, "N D"]],
+) -> dict[str, sparse.csr_array]:
+    """What is proposed to each query of a split beside the links between products."""
+    found = {name: list_shares(own, len(sessions.product_ids)) for name, own in lists.items()}
+    if not config.contents:
+        return found
+    from mmrec.retrieval.embed import read_embeddings
+
+    products = read_embeddings(config.embeddings[0])
+    contents = [read_embeddings(path) for path in config.contents]
+    for one in contents:
+        if one.manifest.encoder != products.manifest.encoder:
+            raise UserError(
+                f"{one.folder}: was embedded by {one.manifest.encoder}, and {config.embeddings[0]} by "
+                f"{products.manifest.encoder}; embed contents and products with one encoder"
+            )
+    watched = watched_before(sessions, split, [id_ for one in contents for id_ in one.ids])
+    if watched.without_embedding:
+        print(f"contents watched that have no embedding: {watched.without_embedding:,}")
+    if not len(watched.queries):
+        raise UserError(
+            "--contents: none of them was watched before a query; are they of these sessions?"
+        )
+    vectors = np.concatenate([one.vectors for one in contents])
+    by_products = embeddings[config.embeddings[0].name]
+    return found | {
+        WATCHED: watched_scores(watched, vectors, by_products, config.ranker.candidates)
     }
 
 

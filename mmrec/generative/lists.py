@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
+from scipy import sparse
 
 from mmrec.errors import UserError
 from mmrec.generative.evaluation import RankedProducts, check_id_table
@@ -76,6 +77,30 @@ def read_lists(
         )
     dropped = {"unknown product id": unknown, "user without a list": without}
     return RankedProducts(products=products, scores=scores), {k: v for k, v in dropped.items() if v}
+
+
+def list_shares(ranked: RankedProducts, num_products: int) -> sparse.csr_array:
+    """The softmax of each list's scores, (Q, N): of log probabilities, a product's share of what was found.
+
+    Positive for every listed product. One that a list names twice has the sum. Raises `UserError` for a score
+    that is not finite.
+    """
+    listed = ranked.products >= 0
+    if len(bad := np.argwhere(listed & ~np.isfinite(ranked.scores))):
+        raise UserError(
+            f"query {bad[0, 0]}: a list has the score {ranked.scores[tuple(bad[0])]}, expected finite numbers"
+        )
+    scores = np.where(listed, ranked.scores, -np.inf)
+    best = scores.max(axis=1, keepdims=True, initial=-np.inf)
+    best = np.where(np.isfinite(best), best, 0.0)
+    # What is e^50 times less likely than the best would be rounded to nothing, and be no candidate.
+    odds = np.where(listed, np.exp(np.maximum(scores - best, -50.0)), 0.0)
+    shares = odds / np.maximum(odds.sum(axis=1, keepdims=True), 1e-300)
+    queries = np.broadcast_to(np.arange(len(listed))[:, None], listed.shape)
+    where = (queries[listed], ranked.products[listed])
+    matrix = sparse.csr_array((shares[listed], where), shape=(len(listed), num_products))
+    matrix.sum_duplicates()
+    return matrix
 
 
 def read_id_table(folder: Path, sessions: Sessions) -> Int[np.ndarray, "N L"]:

@@ -220,8 +220,9 @@ def gather_candidates(
 ) -> Candidates:
     """The union of what every source proposes to each query, with features.
 
-    `popularity` counts each product's training events. `proposed` are further sources as scores (Q, N),
-    such as a generator's (`evaluation.list_scores`). Raises `UserError` for an empty history.
+    `popularity` counts each product's training events. `proposed` are further sources as positive scores
+    (Q, N), such as a generator's (`lists.list_shares`) or what was watched (`watched.watched_scores`).
+    Raises `UserError` for an empty history.
     """
     if len(empty := np.flatnonzero(histories.lengths == 0)):
         raise UserError(f"query {empty[0]}: its history is empty; expected at least one product")
@@ -239,11 +240,13 @@ def feature_names(links: Sequence[str], proposed: Sequence[str] = ()) -> list[st
     """The columns of `Candidates.features`.
 
     Of each link: what it gives the candidate from the whole history, the same over the query's best, and
-    from each of the last three products alone.
+    from each of the last three products alone. Of each further source: its score, the same over the query's
+    best, and one over its rank, 0 where it did not propose the candidate.
     """
     of_link = ("history", "history over best", "last", "second last", "third last")
+    of_source = ("score", "score over best", "one over rank")
     names = [f"{link}, {what}" for link in links for what in of_link]
-    names += [f"{source}, {what}" for source in proposed for what in ("score", "score over best")]
+    names += [f"{source}, {what}" for source in proposed for what in of_source]
     return [*names, *_CONTEXT]
 
 
@@ -269,6 +272,8 @@ def _gather_block(
         columns += [whole, whole / _row_maxima(queries, whole)]
         if name in links:
             columns += [_values_at(sparse.csr_array(at @ links[name]), union) for at in at_place]
+        else:
+            columns.append(_values_at(_one_over_rank(matrix), union))
     last = histories.items[histories.offsets[1:] - 1]
     columns += [
         np.log1p(popularity[products]),
@@ -287,6 +292,17 @@ def _products_at(histories: Sequences, num_products: int, place: int) -> sparse.
     where = (histories.owners[there], histories.items[there])
     shape = (len(histories), num_products)
     return sparse.csr_array((np.ones(np.count_nonzero(there)), where), shape=shape)
+
+
+def _one_over_rank(matrix: sparse.csr_array) -> sparse.csr_array:
+    """1 at each row's largest entry, 1/2 at the next, and so on."""
+    values = np.asarray(matrix.data, np.float64)
+    rows = np.repeat(np.arange(matrix_shape(matrix)[0]), np.diff(matrix.indptr))
+    # Rows stay together, so that places of the order are places of a row.
+    order = np.lexsort((-values, rows))
+    ranks = np.empty(len(rows))
+    ranks[order] = np.arange(len(rows)) - matrix.indptr[rows] + 1
+    return sparse.csr_array((1 / ranks, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def _keys(matrix: sparse.csr_array) -> Int[np.ndarray, " E"]:

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_sessions import write_small
 
 from mmrec.errors import UserError
-from mmrec.generative.lists import read_id_table, read_lists
+from mmrec.generative.evaluation import RankedProducts
+from mmrec.generative.lists import list_shares, read_id_table, read_lists
 from mmrec.generative.sessions import leave_one_out
 
 
@@ -43,6 +45,19 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         read_lists(
             write_lists(tmp_path / "b.parquet", {"u0": (["a", "b"], [1.0])}), sessions, split
         )
+
+
+def test_shares_of_a_list_are_a_softmax() -> None:
+    products = np.array([[2, 0, 2], [1, -1, -1], [-1, -1, -1]])
+    scores = np.array([[-1.0, -2.0, -700.0], [-900.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
+    shares = list_shares(RankedProducts(products=products, scores=scores), 4).toarray()
+    odds = np.exp([-2.0, -1.0])
+    np.testing.assert_allclose(shares[0, [0, 2]], odds / odds.sum())
+    assert shares[1].tolist() == [0, 1, 0, 0]
+    assert not shares[2].any()
+    scores[1, 0] = -np.inf
+    with pytest.raises(UserError, match="query 1: a list has the score -inf"):
+        list_shares(RankedProducts(products=products, scores=scores), 4)
 
 
 def test_an_id_table_loses_the_code_that_tells_equals_apart(tmp_path: Path) -> None:

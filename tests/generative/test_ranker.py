@@ -142,6 +142,7 @@ def test_features_say_what_their_names_say(sessions: Sessions) -> None:
         column["transition, last"], shares[last[found.queries], found.products], atol=1e-6
     )
     assert (column["generator, score"] == (found.products == 59)).all()
+    assert (column["generator, one over rank"] == (found.products == 59)).all()
     seen = [p in split.histories[q] for q, p in zip(found.queries, found.products, strict=True)]
     assert (column["seen"] == seen).all()
     np.testing.assert_allclose(
@@ -252,18 +253,18 @@ def test_the_program_measures_with_a_generator(
     write_sessions(
         folder, products=sessions.products, sessions=sessions.table, config={}, counts={}
     )
-    lists = tmp_path / "lists.parquet"
+    lists = tmp_path / "generator/lists"
+    lists.mkdir(parents=True)
     found = [["p59", "p58", "gone"]] * 499
-    pq.write_table(
-        pa.table(
-            {
-                "user_id": sessions.user_ids[:499],
-                "item_ids": found,
-                "scores": [[-1.0, -2.0, -3.0]] * 499,
-            }
-        ),
-        lists,
+    table = pa.table(
+        {
+            "user_id": sessions.user_ids[:499],
+            "item_ids": found,
+            "scores": [[-1.0, -2.0, -3.0]] * 499,
+        }
     )
+    for held_out in ("val", "test"):
+        pq.write_table(table, lists / f"{held_out}.parquet")
     ids = tmp_path / "ids"
     ids.mkdir()
     codes = [[item // 10, item % 10] for item in range(NUM_PRODUCTS)]
@@ -275,8 +276,7 @@ def test_the_program_measures_with_a_generator(
         program.RankerTraining(
             sessions=folder,
             out=tmp_path / "out",
-            generated_val=lists,
-            generated_test=lists,
+            generated=tmp_path / "generator",
             ids=ids,
             ranker=CONFIG,
         )
