@@ -6,8 +6,9 @@ are liked, and then buys: mostly one of the products just watched, else one from
 So what comes next can be told from what was bought before, from what was watched, and best from both.
 
 Input: a folder of tables whose products have attributes, such as data_prep/synthetic.py writes. Output: a
-folder of sessions (mmrec/generative/sessions.py), with content_ids and content_times beside what was bought
-and, for whoever wants to look, the attribute values that each user likes best. Same seed, same bytes.
+folder of sessions (mmrec/generative/sessions.py), with content_ids, content_times and positions beside what
+was bought and, for whoever wants to look, the attribute values that each user likes best; the lists are in
+displays.parquet. Same seed, same bytes.
 
     python data_prep/content_sessions.py --tables runs/demo/tables --out runs/demo/sessions
 
@@ -40,6 +41,15 @@ MAX_VALUES = 100
 # 2025-01-01, when the first of them may begin.
 FIRST_SECOND = 1_735_689_600
 DAY = 86_400
+DISPLAY_SCHEMA = pa.schema(
+    {
+        "user_id": pa.string(),
+        "time": pa.int64(),
+        "item_ids": pa.list_(pa.string()),
+        "taken": pa.int64(),
+        "shuffled": pa.bool_(),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,12 @@ class ContentSessionsConfig:
     """Contents watched before each purchase."""
     follow: Share = 0.7
     """Share of the purchases that are of a product just watched."""
+    shown: Count = 10
+    """Products of a list; fewer where a small catalogue has fewer that the user has not bought."""
+    position_bias: NonNegative = 1.0
+    """How fast looking falls with the position; 0 looks at all of a list."""
+    shuffled: Share = 0.2
+    """Share of the lists that are in random order, which tells what a position is worth."""
     taste: NonNegative = 1.5
     """Standard deviation of a user's liking for a value; 0 makes all users alike, without any taste."""
     seed: CountOrZero = 0
@@ -76,6 +92,17 @@ class Shelf:
     """Catalogue rows of each content's products; the first one again where there are fewer."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShownList:
+    """Products that a user was shown."""
+
+    products: list[int]
+    """Catalogue rows, in the order shown."""
+    taken: int
+    """The position, from 1, of the one that was bought; 0 for none."""
+    shuffled: bool
+
+
 def main(config: ContentSessionsConfig) -> Sessions:
     """Generate sessions and say how many there are."""
     _check(config)
@@ -88,15 +115,20 @@ def main(config: ContentSessionsConfig) -> Sessions:
             f"--max-events {config.max_events}: expected at most {len(tables.products)}, the number of "
             "products"
         )
-    rows = [
-        draw_user(config, number, product_ids, attributes, shelves)
+    # By the seed alone; three numbers, so that no user draws the same.
+    shop_order = np.random.default_rng([config.seed, 0, 1]).permutation(len(product_ids))
+    drawn = [
+        draw_user(config, number, product_ids, attributes, shelves, shop_order)
         for number in range(config.num_users)
     ]
+    rows = [row for row, _ in drawn]
+    lists = [one for _, own in drawn for one in own]
     counts = {
         "users": len(rows),
         "products": len(tables.products),
         "events": sum(len(row["item_ids"]) for row in rows),
         "watched": sum(len(row["content_ids"]) for row in rows),
+        "lists": len(lists),
     }
     parent = Parent(
         kind="tables",
@@ -111,10 +143,11 @@ def main(config: ContentSessionsConfig) -> Sessions:
             config=asdict(config),
             counts={"out": counts},
             parents=[parent],
+            displays=pa.Table.from_pylist(lists, DISPLAY_SCHEMA),
         )
     print(
         f"{config.out}: {counts['users']:,} users bought {counts['events']:,} times and watched "
-        f"{counts['watched']:,} contents"
+        f"{counts['watched']:,} contents and {counts['lists']:,} lists"
     )
     return sessions
 
@@ -170,8 +203,9 @@ def draw_user(
     product_ids: list[str],
     attributes: dict[str, tuple[list[str], Int[np.ndarray, " N"]]],
     shelves: dict[str, Shelf],
-) -> dict[str, Any]:
-    """One row of the sessions' table. A user depends on the seed and the number alone."""
+    shop_order: Int[np.ndarray, " N"],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One row of the sessions' table, and rows of lists. A user depends on the seed and the number alone."""
     generator = np.random.default_rng([config.seed, number])
     liking = np.zeros(len(product_ids))
     likes = []
@@ -189,6 +223,8 @@ def draw_user(
     times: list[int] = []
     watched: list[str] = []
     watch_times: list[int] = []
+    positions: list[int] = []
+    lists: list[dict[str, Any]] = []
     for place in range(num_events):
         split = {1: "test", 2: "val"}.get(num_events - place, "train")
         shelf = shelves[split]
@@ -198,33 +234,62 @@ def draw_user(
         chosen = np.argsort(-noisy)[: config.watched].tolist()
         watched += [shelf.content_ids[content] for content in chosen]
         watch_times += [moment - 60 * (len(chosen) - i) for i in range(len(chosen))]
-        shown = np.unique(shelf.products[chosen]).tolist()
-        bought.append(_draw_purchase(generator, liking, shown, bought, config.follow))
+        new = [row for row in np.unique(shelf.products[chosen]).tolist() if row not in bought]
+        if generator.random() < config.follow and new:
+            bought.append(new[int((liking[new] + generator.gumbel(size=len(new))).argmax())])
+            positions.append(0)
+        else:
+            shown = draw_lists(config, generator, liking, bought, shop_order)
+            lists += [
+                {
+                    "user_id": f"u{number:05d}",
+                    "time": moment - 5 * (len(shown) - 1 - turn),
+                    "item_ids": [product_ids[row] for row in own.products],
+                    "taken": own.taken,
+                    "shuffled": own.shuffled,
+                }
+                for turn, own in enumerate(shown)
+            ]
+            positions.append(shown[-1].taken)
+            bought.append(shown[-1].products[shown[-1].taken - 1])
         times.append(moment)
-    return {
+    row = {
         "user_id": f"u{number:05d}",
         "item_ids": [product_ids[row] for row in bought],
+        "positions": positions,
         "times": times,
         "content_ids": watched,
         "content_times": watch_times,
         "likes": likes,
     }
+    return row, lists
 
 
-def _draw_purchase(
+def draw_lists(
+    config: ContentSessionsConfig,
     generator: np.random.Generator,
     liking: Float[np.ndarray, " N"],
-    shown: list[int],
     bought: list[int],
-    follow: float,
-) -> int:
-    """A product not bought before, one of those shown with chance `follow`."""
-    noisy = liking + generator.gumbel(size=len(liking))
-    noisy[bought] = -np.inf
-    new = [product for product in shown if product not in bought]
-    if generator.random() < follow and new:
-        return max(new, key=lambda product: noisy[product])
-    return int(noisy.argmax())
+    shop_order: Int[np.ndarray, " N"],
+) -> list[ShownList]:
+    """The lists that a user is shown until something is bought of one, the last.
+
+    What is wanted of a list depends on what it holds and not on the order, so of shuffled lists each position
+    is taken from in proportion to how often it is looked at.
+    """
+    shown = []
+    while True:
+        noisy = liking + generator.gumbel(size=len(liking))
+        noisy[bought] = -np.inf
+        rows = np.argsort(-noisy)[: min(config.shown, len(liking) - len(bought))]
+        shuffled = bool(generator.random() < config.shuffled)
+        rows = generator.permutation(rows) if shuffled else rows[np.argsort(shop_order[rows])]
+        position = 1 + int((liking[rows] + generator.gumbel(size=len(rows))).argmax())
+        looked = generator.random() < position**-config.position_bias
+        taken = position if looked else 0
+        shown.append(ShownList(products=rows.tolist(), taken=taken, shuffled=shuffled))
+        if looked:
+            return shown
 
 
 def _check(config: ContentSessionsConfig) -> None:

@@ -9,6 +9,10 @@ Candidates come from transition counts, users in common, titles, and, where they
 embeddings of `mmrec embed`, the neighbours of what was watched since the last purchase (`--contents`), and
 the lists of a generator (`--generated`, a run of train/generator.py, which has seen neither target).
 
+Where sessions say at which position of a list a product was taken, a query weighs 1 over the chance that its
+position was looked at, so that the order of those lists is not what is learned; the chances are had from the
+lists, which displays.parquet holds (mmrec/generative/displays.py).
+
 No leak: counts stop before the validation target. The ranker is fitted on how those counts, and the other
 sources, see that target, and asked about the test target with the same counts ("hybrid"), whose history holds
 the validation target. "hybrid, validation counted" counts that one too, as one would before serving; its
@@ -27,12 +31,13 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from scipy import sparse
 
 from mmrec.cli import run_program
 from mmrec.errors import UserError
 from mmrec.generative.baselines import popularity_scores, transition_scores
+from mmrec.generative.displays import position_propensities, read_displays, target_weights
 from mmrec.generative.evaluation import (
     METRIC_NAMES,
     Evaluation,
@@ -94,6 +99,10 @@ def main(config: RankerTraining) -> None:
         raise UserError("--ids says what a generator's figures gain; give --generated, too")
     if config.contents and not config.embeddings:
         raise UserError("--contents: give --embeddings too, the products' by the same encoder")
+    names = [path.name for path in config.embeddings]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"--embeddings: two folders called {twice}; sources are told by that name")
     if config.generated is not None and config.by == "time":
         raise UserError(
             "--generated: a generator's lists are for leave-one-out; leave out --by time"
@@ -108,6 +117,8 @@ def main(config: RankerTraining) -> None:
     val_sources = sources(config, sessions, val, val_lists, embeddings)
     test_sources = sources(config, sessions, test, test_lists, embeddings)
 
+    weights, propensities = position_weights(config, sessions, val)
+
     # ------------------------------------------------------------ fit
     start = time.perf_counter()
     ranker = fit_ranker(
@@ -117,6 +128,7 @@ def main(config: RankerTraining) -> None:
         config.ranker,
         embeddings=embeddings,
         proposed=val_sources,
+        weights=weights,
     )
     fit_s = time.perf_counter() - start
     config.out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +154,18 @@ def main(config: RankerTraining) -> None:
         HYBRID_ANEW: ranker.recounted(test.before).rank(test.histories, k=k, proposed=test_sources),
     }
     found = evaluate_recommendations(systems, test, num_products)
-    report(config, found, ranker.importance(), fit_s=fit_s, rank_s=rank_s)
+    report(config, found, ranker.importance(), propensities, fit_s=fit_s, rank_s=rank_s)
+
+
+def position_weights(
+    config: RankerTraining, sessions: Sessions, split: Split
+) -> tuple[Float[np.ndarray, " Q"] | None, list[float]]:
+    """What each query counts for, and the propensities; None and none where sessions say no positions."""
+    if sessions.positions is None or config.ranker.largest_weight == 1:
+        return None, []
+    propensities = position_propensities(read_displays(config.sessions))
+    weights = target_weights(sessions, split, propensities, config.ranker.largest_weight)
+    return weights, propensities.tolist()
 
 
 def vectors_of(path: Path, sessions: Sessions) -> Float32[np.ndarray, "N D"]:
@@ -218,6 +241,7 @@ def report(
     config: RankerTraining,
     found: Evaluation,
     importance: dict[str, float],
+    propensities: list[float],
     *,
     fit_s: float,
     rank_s: float,
@@ -242,6 +266,9 @@ def report(
                 lines.append(f"  {ours} - {theirs}, seen {seen}, {stratum}: {figures}")
     top = ", ".join(f"{name} {share:.0%}" for name, share in list(importance.items())[:8])
     lines += ["", f"what the trees go by, in share of gain: {top}"]
+    if propensities:
+        shown = " ".join(f"{chance:.2f}" for chance in propensities)
+        lines.append(f"how likely positions of a list are to be looked at, as weighed for: {shown}")
     queries = found.num_queries
     lines += [
         f"fitted in {fit_s:.0f} s; ranked {queries:,} queries in {rank_s:.0f} s; {machine}",
@@ -252,6 +279,7 @@ def report(
     metrics = found.to_dict() | {
         "differences": differences,
         "importance": importance,
+        "propensities": propensities,
         "config": asdict(config),
         "fit_s": fit_s,
         "rank_s": rank_s,

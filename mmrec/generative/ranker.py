@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,7 @@ from mmrec.manifest import (
     read_manifest,
     write_manifest,
 )
-from mmrec.ranges import Count, CountOrZero, Positive, Share, check_ranges
+from mmrec.ranges import Count, CountOrZero, Positive, Range, Share, check_ranges
 
 if TYPE_CHECKING:
     from lightgbm import Booster
@@ -78,6 +78,9 @@ class RankerConfig:
     learning_rate: Positive = 0.05
     leaf_rows: Count = 100
     """Candidates that a leaf must hold."""
+    largest_weight: Annotated[float, Range(1)] = 10.0
+    """Where sessions say at which position of a list a product was taken, its query weighs 1 over the
+    position's propensity, at most so much; 1 leaves positions out."""
     held_out: Share = 0.15
     """Share of the queries learned from that decides how many trees are kept."""
     threads: CountOrZero = 0
@@ -477,18 +480,21 @@ def fit_ranker(
     *,
     embeddings: Mapping[str, Float[np.ndarray, "_N _D"]] | None = None,
     proposed: Mapping[str, sparse.csr_array] | None = None,
+    weights: Float[np.ndarray, " Q"] | None = None,
 ) -> Ranker:
     """Learn from a validation split which candidate is taken next.
 
     Links are counted on `split.train`, in which no target of the split is. Queries whose target no source
-    proposes teach nothing and are left out. Raises `UserError` where that leaves fewer than 20.
+    proposes teach nothing and are left out. `weights` are what each query counts for, such as
+    `displays.target_weights`: all pairs of its target and another candidate weigh as much, as in Joachims,
+    Swaminathan and Schnabel (2017). Raises `UserError` where fewer than 20 queries teach.
     """
     config = config or RankerConfig()
     links = link_by_sequences(split.train, len(product_ids), config)
     links |= link_by_content(titles, config, embeddings)
     popularity = np.bincount(split.train.items, minlength=len(product_ids))
     gathered = gather_candidates(links, popularity, split.histories, config, proposed)
-    booster = _grow(gathered, split.targets, config)
+    booster = _grow(gathered, split.targets, config, weights)
     return Ranker(
         config=config,
         product_ids=list(product_ids),
@@ -499,7 +505,12 @@ def fit_ranker(
     )
 
 
-def _grow(gathered: Candidates, targets: Int[np.ndarray, " Q"], config: RankerConfig) -> "Booster":
+def _grow(
+    gathered: Candidates,
+    targets: Int[np.ndarray, " Q"],
+    config: RankerConfig,
+    weights: Float[np.ndarray, " Q"] | None,
+) -> "Booster":
     lightgbm = _lightgbm()
     taken = gathered.products == targets[gathered.queries]
     teaches = np.bincount(gathered.queries[taken], minlength=len(targets)) > 0
@@ -528,7 +539,8 @@ def _grow(gathered: Candidates, targets: Int[np.ndarray, " Q"], config: RankerCo
         rows = chosen[gathered.queries]
         sizes = np.bincount(gathered.queries[rows], minlength=len(targets))[chosen]
         features, labels = gathered.features[rows], taken[rows].astype(np.int64)
-        return lightgbm.Dataset(features, labels, group=sizes, **more)
+        weigh = None if weights is None else weights[gathered.queries[rows]]
+        return lightgbm.Dataset(features, labels, group=sizes, weight=weigh, **more)
 
     learned = dataset(teaches & ~held_out)
     if not (teaches & held_out).any():

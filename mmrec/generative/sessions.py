@@ -6,13 +6,15 @@ A folder of sessions holds two tables and a manifest:
 |----------|------------------------------------------------------------------------------------------|
 | products | product_id, title (may be null); further columns are kept                                 |
 | sessions | user_id, item_ids (product ids, oldest first), times (list of seconds since 1970, optional); |
-|          | content_ids and content_times (what was watched, the same way, optional)                  |
+|          | content_ids and content_times (what was watched, the same way, optional); positions       |
+|          | (where in a list each product was shown, see displays.py, optional)                       |
 
 Shape letters: U users, V = U + 1, E events of all users together, Q queries, W = Q + 1, N catalogue size.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from mmrec.manifest import Manifest, Parent, fingerprint_of, hash_file, write_ma
 
 KIND = "sessions"
 FILES = ("products", "sessions")
+DISPLAYS = "displays.parquet"
 HeldOut = Literal["val", "test"]
 SplitBy = Literal["leave-one-out", "time"]
 
@@ -88,6 +91,8 @@ class Sessions:
     """The catalogue rows that each user took, oldest first."""
     times: Int[np.ndarray, " E"] | None
     """Seconds since 1970 of each event, where they are known."""
+    positions: Int[np.ndarray, " E"] | None
+    """From 1: where in a list each product was shown that was taken; 0 for one taken elsewhere."""
     products: pa.Table
     """The products' table with all its columns, in catalogue order."""
     table: pa.Table
@@ -95,7 +100,7 @@ class Sessions:
     dropped: dict[str, int]
     """How much of the file was not used, by reason."""
     fingerprint: str
-    """Hash of the two files' bytes."""
+    """Hash of the files' bytes."""
 
     @property
     def catalogue(self) -> str:
@@ -138,10 +143,13 @@ def write_sessions(
     config: dict[str, Any],
     counts: dict[str, Any],
     parents: Sequence[Parent] = (),
+    displays: pa.Table | None = None,
 ) -> Sessions:
-    """Write the two tables and a manifest, and read them back, checked as any others."""
+    """Write the tables and a manifest, and read them back, checked as any others."""
     for name, table in (("products", products), ("sessions", sessions)):
         pq.write_table(table, folder / f"{name}.parquet")
+    if displays is not None:
+        pq.write_table(displays, folder / DISPLAYS)
     read = read_sessions(folder)
     write_manifest(
         folder,
@@ -162,7 +170,8 @@ def read_sessions(folder: Place | str) -> Sessions:
 
     Product ids that are not in the catalogue are left out, and so are users with nothing left; `dropped`
     counts both. Raises `UserError` for a missing table or column, a product id that is empty or occurs
-    twice, times that are not as many as products or go backwards, and a folder in which nothing is left.
+    twice, times that are not as many as products or go backwards, positions that are not as many or below
+    0, and a folder in which nothing is left.
     """
     folder = place(folder)
     paths = {name: folder / f"{name}.parquet" for name in FILES}
@@ -177,6 +186,7 @@ def read_sessions(folder: Place | str) -> Sessions:
     )
     events, known = encode_histories(table["item_ids"].to_pylist(), product_ids)
     times = _read_times(paths["sessions"], table, known)
+    positions = _read_positions(paths["sessions"], table, known)
     left = np.flatnonzero(events.lengths)
     if not len(left):
         raise UserError(
@@ -189,16 +199,19 @@ def read_sessions(folder: Place | str) -> Sessions:
     }
     if len(left) < len(events):
         events, table = events.take(left), table.take(pa.array(left))
+    shown = folder / DISPLAYS
+    read = paths | ({"displays": shown} if is_file(shown) else {})
     return Sessions(
         product_ids=product_ids,
         titles=titles,
         user_ids=[str(user) for user in table["user_id"].to_pylist()],
         events=events,
         times=times,
+        positions=positions,
         products=products,
         table=table,
         dropped={reason: count for reason, count in dropped.items() if count},
-        fingerprint=fingerprint_of({name: hash_file(path) for name, path in paths.items()}),
+        fingerprint=fingerprint_of({name: hash_file(path) for name, path in read.items()}),
     )
 
 
@@ -369,19 +382,41 @@ def _read_times(
     path: Place, table: pa.Table, known: Bool[np.ndarray, " _"]
 ) -> Int[np.ndarray, " _"] | None:
     """Times of the known events; None where the table has none."""
-    if "times" not in table.column_names or table["times"].null_count == len(table):
+    timed = _beside_products(path, table, "times")
+    if timed is None:
         return None
-    taken, timed = table["item_ids"].to_pylist(), table["times"].to_pylist()
-    for row, (products, times) in enumerate(zip(taken, timed, strict=True), 1):
-        if len(products or ()) != len(times or ()):
-            raise UserError(
-                f"{path}: row {row}: {len(times or ())} times for {len(products or ())} products"
-            )
-        if any(
-            later < earlier for earlier, later in zip(times or (), (times or ())[1:], strict=False)
-        ):
+    for row, times in enumerate(timed, 1):
+        if any(later < earlier for earlier, later in pairwise(times)):
             raise UserError(
                 f"{path}: row {row}: times go backwards; expected the oldest product first"
             )
-    flat = np.array([moment for times in timed for moment in times or ()], np.int64)
-    return flat[known]
+    return np.array([moment for times in timed for moment in times], np.int64)[known]
+
+
+def _read_positions(
+    path: Place, table: pa.Table, known: Bool[np.ndarray, " _"]
+) -> Int[np.ndarray, " _"] | None:
+    """Positions of the known events; None where the table has none."""
+    placed = _beside_products(path, table, "positions")
+    if placed is None:
+        return None
+    for row, positions in enumerate(placed, 1):
+        if any(position is None or position < 0 for position in positions):
+            raise UserError(
+                f"{path}: row {row}: positions {positions}: expected 1 or more, and 0 outside of lists"
+            )
+    return np.array([position for own in placed for position in own], np.int64)[known]
+
+
+def _beside_products(path: Place, table: pa.Table, column: str) -> list[list[Any]] | None:
+    """A column with an entry for each product taken; None where the table has none."""
+    if column not in table.column_names or table[column].null_count == len(table):
+        return None
+    taken = table["item_ids"].to_pylist()
+    found = [cell or [] for cell in table[column].to_pylist()]
+    for row, (products, own) in enumerate(zip(taken, found, strict=True), 1):
+        if len(products or ()) != len(own):
+            raise UserError(
+                f"{path}: row {row}: {len(own)} {column} for {len(products or ())} products"
+            )
+    return found

@@ -1,12 +1,15 @@
 """The hybrid: candidates and features against loops, what it learns, and what it refuses."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import load_program
 from scipy import sparse
+from small_embeddings import write_embeddings
 
 from mmrec.errors import UserError
 from mmrec.generative.baselines import transition_scores
@@ -27,6 +30,7 @@ from mmrec.generative.ranker import (
     word_weights,
 )
 from mmrec.generative.sessions import Sessions, leave_one_out, sequences_of, write_sessions
+from mmrec.manifest import read_manifest
 
 NUM_PRODUCTS = 60
 CONFIG = RankerConfig(candidates=20, rounds=30, leaves=7, leaf_rows=20, threads=1)
@@ -287,3 +291,90 @@ def test_the_program_measures_with_a_generator(
     assert "inflated by" in text
     assert "hybrid - transition counts, seen kept, all: R@10 +" in text
     assert Ranker.load(tmp_path / "out/ranker").proposers == ("generator",)
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def shop(sessions: Sessions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sessions with a video watched of each product before it is taken, and positions of lists."""
+    folder = tmp_path_factory.mktemp("shop")
+    rows = sessions.table["item_ids"].to_pylist()
+    more = {
+        "times": [[100 * place for place in range(len(own))] for own in rows],
+        "content_ids": [[f"video of {item}" for item in own] for own in rows],
+        "content_times": [[100 * place - 10 for place in range(len(own))] for own in rows],
+        "positions": [[1 + row % 2] * len(own) for row, own in enumerate(rows)],
+    }
+    (folder / "sessions").mkdir()
+    lists = {"item_ids": [["p00", "p01"]] * 300, "taken": [1, 1, 2] * 100, "shuffled": [True] * 300}
+    write_sessions(
+        folder / "sessions",
+        products=sessions.products,
+        sessions=pa.table({**{n: sessions.table[n] for n in ("user_id", "item_ids")}, **more}),
+        displays=pa.table(lists),
+        config={},
+        counts={},
+    )
+    generator = np.random.default_rng(0)
+    vectors = unit_rows(generator.standard_normal((NUM_PRODUCTS, 16)))
+    write_embeddings(folder / "products", sessions.product_ids, vectors)
+    names = [f"video of {item}" for item in sessions.product_ids]
+    near = unit_rows(vectors + 0.1 * generator.standard_normal(vectors.shape))
+    led = [[item] for item in sessions.product_ids]
+    write_embeddings(folder / "contents", names, near, product_ids=led)
+    write_embeddings(folder / "others", names, near, product_ids=led, encoder="another")
+    return folder
+
+
+def test_the_program_takes_what_was_watched_and_weighs_positions(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = load_program("train/ranker.py")
+    settings = {"sessions": shop / "sessions", "out": shop / "out", "ranker": CONFIG}
+    program.main(
+        program.RankerTraining(
+            **settings, embeddings=(shop / "products",), contents=(shop / "contents",)
+        )
+    )
+    text = capsys.readouterr().out
+    assert "as weighed for: 1.00 0.50" in text
+    figures = json.loads(text.splitlines()[-1])["seen kept"]
+    assert figures["watched"]["R@5"] > 0.99
+    assert figures["hybrid"]["R@5"] > 0.9 > figures["titles alone"]["R@5"]
+    assert Ranker.load(shop / "out/ranker").proposers == ("watched",)
+    parents = read_manifest(shop / "out/ranker").parents
+    assert [parent.kind for parent in parents] == ["sessions", "embeddings", "embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"contents": ("contents",)}, "--contents: give --embeddings too"),
+        ({"contents": ("others",), "embeddings": ("products",)}, "was embedded by another, and "),
+        ({"contents": ("products",), "embeddings": ("products",)}, "none of them was watched"),
+        ({"embeddings": ("contents",)}, "holds none of the products of p00 and others"),
+        ({"embeddings": ("products", "products")}, "two folders called products"),
+        ({"generated": "run", "by": "time"}, "leave out --by time"),
+        ({"generated": "run"}, "run/lists/val.parquet: expected Parquet with user_id"),
+        ({"ids": "ids"}, "give --generated, too"),
+    ],
+)
+def test_inputs_that_do_not_belong_together_are_refused(
+    shop: Path, tmp_path: Path, flags: dict[str, Any], complaint: str
+) -> None:
+    program = load_program("train/ranker.py")
+    given = {
+        name: tuple(shop / one for one in value)
+        if isinstance(value, tuple)
+        else (value if name == "by" else shop / value)
+        for name, value in flags.items()
+    }
+    with pytest.raises(UserError, match=complaint):
+        program.main(
+            program.RankerTraining(
+                sessions=shop / "sessions", out=tmp_path / "out", ranker=CONFIG, **given
+            )
+        )
