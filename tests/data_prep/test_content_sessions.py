@@ -1,9 +1,11 @@
 """Sessions generated on a catalogue: tastes show, and splits are kept."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import load_program
 
@@ -36,8 +38,21 @@ def test_sessions_are_in_order_and_buy_nothing_twice(tiny_tables: Path, tmp_path
         assert len(set(row["item_ids"])) == len(row["item_ids"])
         assert row["content_times"] == sorted(row["content_times"])
         assert len(row["content_ids"]) == 2 * len(row["item_ids"])
+        assert len(row["positions"]) == len(row["item_ids"])
         # The last two are watched after all other purchases and before the last.
         assert row["times"][-2] < row["content_times"][-2] < row["times"][-1]
+
+
+def test_what_is_taken_of_a_list_stands_at_its_position(tiny_tables: Path, tmp_path: Path) -> None:
+    sessions = run(tiny_tables, tmp_path / "out", follow=0.5, shown=5)
+    lists = defaultdict(list)
+    for row in pq.read_table(tmp_path / "out/displays.parquet").to_pylist():
+        assert len(row["item_ids"]) == 5
+        if row["taken"]:
+            lists[row["user_id"]].append((row["taken"], row["item_ids"][row["taken"] - 1]))
+    for row in sessions.table.to_pylist():
+        taken = zip(row["positions"], row["item_ids"], strict=True)
+        assert [pair for pair in taken if pair[0]] == lists[row["user_id"]]
 
 
 def test_contents_keep_to_their_splits(tiny_tables: Path, tmp_path: Path) -> None:
