@@ -27,7 +27,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -52,12 +52,19 @@ from mmrec.generative.sessions import (
     HeldOut,
     Sessions,
     Split,
-    leave_one_out,
+    SplitBy,
     read_sessions,
-    time_split,
+    split_sessions,
 )
 from mmrec.generative.watched import watched_before, watched_scores
-from mmrec.manifest import FILE_NAME, check_output, find_parent, parent_of, write_whole
+from mmrec.manifest import (
+    FILE_NAME,
+    check_output,
+    find_parent,
+    parent_of,
+    read_manifest,
+    write_whole,
+)
 
 COUNTS, COUNTED_ANEW = "transition counts", "transition counts, validation counted"
 GENERATOR, WATCHED = "generator", "watched"
@@ -73,7 +80,7 @@ class RankerTraining:
     """A folder of sessions."""
     out: Path
     """The folder to write."""
-    by: Literal["leave-one-out", "time"] = "leave-one-out"
+    by: SplitBy = "leave-one-out"
     """How targets are held out."""
     embeddings: tuple[Path, ...] = ()
     """Folders of embeddings of the products; each becomes a source."""
@@ -103,13 +110,10 @@ def main(config: RankerTraining) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"--embeddings: two folders called {twice}; sources are told by that name")
-    if config.generated is not None and config.by == "time":
-        raise UserError(
-            "--generated: a generator's lists are for leave-one-out; leave out --by time"
-        )
+    if config.generated is not None:
+        check_held_out(config, config.generated)
     sessions = read_sessions(config.sessions)
-    cut = leave_one_out if config.by == "leave-one-out" else time_split
-    val, test = cut(sessions, "val"), cut(sessions, "test")
+    val, test = (split_sessions(sessions, config.by, held_out) for held_out in ("val", "test"))
     embeddings = {path.name: vectors_of(path, sessions) for path in config.embeddings}
     num_products = len(sessions.product_ids)
     val_lists = generated(config, sessions, val, "val")
@@ -155,6 +159,18 @@ def main(config: RankerTraining) -> None:
     }
     found = evaluate_recommendations(systems, test, num_products)
     report(config, found, ranker.importance(), propensities, fit_s=fit_s, rank_s=rank_s)
+
+
+def check_held_out(config: RankerTraining, run: Path) -> None:
+    """Refuse a generator whose targets were held out otherwise: it would have been trained on ours."""
+    if not (run / FILE_NAME).is_file():
+        return  # Lists that another program wrote.
+    by = read_manifest(run, "run").config.get("by")
+    if by != config.by:
+        raise UserError(
+            f"{run}: its targets were held out by {by}, and these are by {config.by}; give --by {by}, or a "
+            f"generator trained with --by {config.by}"
+        )
 
 
 def position_weights(

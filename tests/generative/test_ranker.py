@@ -30,7 +30,7 @@ from mmrec.generative.ranker import (
     word_weights,
 )
 from mmrec.generative.sessions import Sessions, leave_one_out, sequences_of, write_sessions
-from mmrec.manifest import read_manifest
+from mmrec.manifest import Manifest, read_manifest, write_manifest
 
 NUM_PRODUCTS = 60
 CONFIG = RankerConfig(candidates=20, rounds=30, leaves=7, leaf_rows=20, threads=1)
@@ -325,6 +325,9 @@ def shop(sessions: Sessions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     near = unit_rows(vectors + 0.1 * generator.standard_normal(vectors.shape))
     led = [[item] for item in sessions.product_ids]
     write_embeddings(folder / "contents", names, near, product_ids=led)
+    run = Manifest(kind="run", config={"by": "leave-one-out"}, counts={}, fingerprint="run")
+    (folder / "generator").mkdir()
+    write_manifest(folder / "generator", run)
     write_embeddings(folder / "others", names, near, product_ids=led, encoder="another")
     return folder
 
@@ -357,7 +360,10 @@ def test_the_program_takes_what_was_watched_and_weighs_positions(
         ({"contents": ("products",), "embeddings": ("products",)}, "none of them was watched"),
         ({"embeddings": ("contents",)}, "holds none of the products of p00 and others"),
         ({"embeddings": ("products", "products")}, "two folders called products"),
-        ({"generated": "run", "by": "time"}, "leave out --by time"),
+        (
+            {"generated": "generator", "by": "time"},
+            "held out by leave-one-out, and these are by time",
+        ),
         ({"generated": "run"}, "run/lists/val.parquet: expected Parquet with user_id"),
         ({"ids": "ids"}, "give --generated, too"),
     ],
