@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_contents_are_embedded_by_the_encoder_of_the_ids(
         recommender.recommend(video=tmp_path / "missing.mp4")
 
 
-def test_bad_requests_are_one_line(recommender: Recommender, folder: Path) -> None:
+def test_bad_requests_are_one_line(recommender: Recommender, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to go by: it is empty"):
         recommender.recommend([])
     with pytest.raises(UserError, match="none of its 2 products has an ID"):
@@ -121,6 +122,13 @@ def test_bad_requests_are_one_line(recommender: Recommender, folder: Path) -> No
         Recommender.load(folder / "generator", ids=folder / "other")
     with pytest.raises(UserError, match="expected generator, found semantic_ids"):
         Recommender.load(folder / "ids")
+    torch.manual_seed(1)
+    another = Encoder(EncoderConfig(towers="mmrec-tiny", image_size=32))
+    another.save(tmp_path / "encoder", parents=[])
+    with pytest.raises(UserError, match=r"were cut from embeddings of encoder .*, and this one is"):
+        Recommender.load(folder / "generator", encoder=tmp_path / "encoder")
+    with pytest.raises(UserError, match=r"these semantic IDs grew from .*, and the generator"):
+        recommender.use(SemanticIds.load(folder / "other"))
 
 
 def test_the_command_prints_json(
@@ -139,3 +147,36 @@ def test_the_command_prints_json(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("1 products of the history")
     assert [line.split()[-1] for line in lines[1:]] == ids_of(recommender.recommend(["p1"], k=2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            (),
+            "error: the history gives nothing to go by: it is empty; give known products or a content",
+        ),
+        (
+            ("--history", "x", "y"),
+            "error: the history gives nothing to go by: none of its 2 products has an ID",
+        ),
+        (
+            ("--history", "p1", "--ids", "other"),
+            "error: {folder}/other: these semantic IDs grew from",
+        ),
+        (("--history", "p1", "--ids", "nowhere"), "error: {folder}/nowhere"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(
+    folder: Path, flags: tuple[str, ...], line: str, monkeypatch: Any, capsys: Any
+) -> None:
+    given = [str(folder / flag) if flag in ("other", "nowhere") else flag for flag in flags]
+    command = ["mmrec", "recommend", "--generator", str(folder / "generator"), *given]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.startswith(line.format(folder=folder))
+    assert printed.err.count("\n") == 1
