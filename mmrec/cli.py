@@ -114,7 +114,7 @@ def index_build(
     k: int | None = None,
     best_effort: bool = False,
     tuning_sample: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -139,7 +139,7 @@ def index_build(
         best_effort: Take what finds most where nothing reaches the target.
         tuning_sample: A larger catalogue is measured on so many of its products, 100,000 if left out; one
             index is built on all.
-        seed: Draws that sample, and 2,048 of the queries.
+        seed: Draws that sample, and 2,048 of the queries; 0 if left out.
         overwrite: Replace the index if it is there; readers go on with the one that they opened.
         json: Print one JSON object; what is measured goes to stderr then.
     """
@@ -157,11 +157,12 @@ def index_build(
             memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
             sample=100_000 if tuning_sample is None else tuning_sample,
             best_effort=best_effort,
-            seed=seed,
+            seed=0 if seed is None else seed,
         )
-    elif best_effort or (queries, memory_budget, k, tuning_sample) != (None,) * 4:
+    elif best_effort or (queries, memory_budget, k, tuning_sample, seed) != (None,) * 5:
         raise UserError(
-            "--queries, --memory-budget, --k, --tuning-sample and --best-effort go with --recall-target"
+            "--queries, --memory-budget, --k, --tuning-sample, --seed and --best-effort go with "
+            "--recall-target"
         )
     index = build_index(
         embeddings,
@@ -267,10 +268,12 @@ def index_compact(*, index: Path, json: bool = False) -> None:
         index: The folder written by `mmrec index build`.
         json: Print one JSON object.
     """
+    from mmrec.bars import clock
     from mmrec.retrieval.index import ProductIndex
 
     with ProductIndex.load(index, device="cpu") as opened:
-        done = opened.compact()
+        with clock(f"compact {len(opened):,} rows"):
+            done = opened.compact()
         generation = opened.status().generation
         rows = len(opened)
     text = f"generation {generation}, {rows:,} rows" if done else "nothing to compact"

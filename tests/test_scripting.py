@@ -5,13 +5,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from vectors import unit_vectors
 
 from mmrec import bars, cli
+from mmrec.retrieval import faiss_base
+from mmrec.retrieval.index import ProductIndex
 
 HELP_S = 0.5
 """Processor time in user mode that `mmrec --help` may take; with numpy or pyarrow it takes more."""
@@ -101,6 +106,51 @@ def test_bars_are_for_people(
     assert ("rows: 100%" in stream.getvalue()) == shown
     assert sys.argv == line.split()
     assert not bars.is_quiet()
+
+
+@pytest.mark.parametrize(("line", "shown"), [("mmrec embed", True), ("mmrec embed --quiet", False)])
+def test_a_step_that_does_not_tell_how_far_it_is_has_a_clock(
+    line: str, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "argv", line.split())
+    monkeypatch.setattr(bars, "TICK_S", 0.02)
+
+    def program() -> None:
+        with bars.clock("short"):
+            pass
+        with bars.clock("long"):
+            limit = time.monotonic() + 10
+            while shown and "long: 00:0" not in stream.getvalue() and time.monotonic() < limit:
+                time.sleep(0.01)
+
+    cli.run_program(program)
+    assert ("long: 00:0" in stream.getvalue()) == shown
+    assert "short" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
+def test_building_and_compacting_have_clocks(
+    factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    @contextmanager
+    def noted(step: str) -> Iterator[None]:
+        steps.append(step)
+        yield
+
+    monkeypatch.setattr(bars, "clock", noted)
+    monkeypatch.setattr(faiss_base, "clock", noted)
+    ids = [f"p{number}" for number in range(300)]
+    vectors = unit_vectors(300, width=16)
+    with ProductIndex.build(ids, vectors, factory=factory) as index:
+        index.save(tmp_path / "index")
+        index.delete(ids[:10])
+    cli.index_compact(index=tmp_path / "index")
+    built = [f"train {factory}", f"index 300 rows as {factory}"]
+    assert steps == [*built, "compact 290 rows"]
 
 
 def printed(capsys: pytest.CaptureFixture[str], command: Callable[[], None]) -> dict:

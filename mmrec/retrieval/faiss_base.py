@@ -15,6 +15,7 @@ import faiss
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from mmrec.bars import clock
 from mmrec.errors import UserError
 from mmrec.retrieval.exact import Found
 
@@ -51,8 +52,11 @@ def build_base(vectors: Float32[np.ndarray, "N D"], factory: str) -> Any:
     """A FAISS index for inner products, trained on the vectors and holding them."""
     base = new_base(vectors.shape[1], factory)
     with unfit_refused(factory, len(vectors)):
-        train_base(base, vectors)
-        base.add(vectors)
+        with clock(f"train {factory}"):
+            train_base(base, vectors)
+        # In one call: FAISS begins with the rows of a graph's upper levels, and finds more for it.
+        with clock(f"index {len(vectors):,} rows as {factory}"):
+            base.add(vectors)
     return base
 
 

@@ -159,7 +159,10 @@ def read_record(generation: Path, *, verify: bool) -> Generation:
         if missing:
             raise KeyError(*sorted(missing))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a record that this version reads ({error!r})") from None
+        raise UserError(
+            f"{path}: not a record that this version reads ({error!r}); build the index anew with "
+            "`mmrec index build --overwrite`"
+        ) from None
     _check_seal(generation, verify=verify)
     for name, size in progress_bar(sizes.items(), desc="verify", unit="file", shown=verify):
         file = generation / name

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int64, UInt64
 
-from mmrec.bars import progress_bar
+from mmrec.bars import clock, progress_bar
 from mmrec.manifest import Manifest, Parent
 from mmrec.retrieval.base import finish_base, narrowed, write_products
 from mmrec.retrieval.faiss_base import (
@@ -125,7 +125,7 @@ def build_from_parts(
         survey = _survey(
             parts, indexed, _sample_size(index, len(parts), memory_bytes), rows_at_once, seed
         )
-        with unfit_refused(factory, len(survey.sample)):
+        with unfit_refused(factory, len(survey.sample)), clock(f"train {factory}"):
             train_base(index, survey.sample)
         error = quantization_error(index, survey.unseen) or 0.0
 

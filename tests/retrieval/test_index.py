@@ -493,7 +493,7 @@ def test_a_foreign_index_is_refused(saved):
         ),
         (
             lambda folder: (generation_of(folder) / "generation.json").write_text("{"),
-            r"generation\.json: not a record",
+            r"generation\.json: not a record.*mmrec index build --overwrite",
         ),
         (
             lambda folder: (generation_of(folder) / "generation.json").write_text("[1]"),

@@ -75,6 +75,7 @@ def test_upsert_delete_compact_status_and_verify(
         ({"memory_budget": ""}, "go with --recall-target"),
         ({"k": 5}, "go with --recall-target"),
         ({"tuning_sample": 5}, "go with --recall-target"),
+        ({"seed": 0}, "go with --recall-target"),
     ],
 )
 def test_flags_that_say_nothing_are_refused(
