@@ -59,6 +59,7 @@ from mmrec.retrieval.gpu import Device
 from mmrec.retrieval.intake import (
     check_ids,
     checked_indexed,
+    checked_k,
     checked_queries,
     checked_vectors,
     fitted_attributes,
@@ -400,8 +401,7 @@ class ProductIndex:
         Raises `UserError` for k < 1, for queries of another width or that are not finite, for a
         condition that cannot be understood, and for `rerank` where no vectors are kept for it.
         """
-        if k < 1:
-            raise UserError(f"k is {k}; expected at least 1")
+        k = checked_k(k)
         view = self._view
         queries = checked_queries(queries, view.base.record.width)
         rerank = view.base.record.rerank if rerank is None else rerank

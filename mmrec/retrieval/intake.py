@@ -3,6 +3,7 @@
 Shape letters: Q queries, N products, D width, I indexed width.
 """
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -70,6 +71,17 @@ def checked_indexed(
         f"vectors that are zero in the first {indexed_width} components",
     )
     return indexed
+
+
+def checked_k(k: Any) -> int:
+    """How many matches are wanted, as Python's own number: a table's are numpy's, which FAISS refuses."""
+    try:
+        number = operator.index(k)
+    except TypeError:
+        raise UserError(f"k is {k!r}; expected a whole number") from None
+    if number < 1:
+        raise UserError(f"k is {number}; expected at least 1")
+    return number
 
 
 def checked_queries(queries: np.ndarray, width: int) -> Float32[np.ndarray, "Q D"]:

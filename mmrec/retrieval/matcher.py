@@ -33,11 +33,12 @@ from mmrec.manifest import (
     read_manifest,
     relative_path,
 )
-from mmrec.model.encoder import Encoder, Side
+from mmrec.model.encoder import VIEWS, Encoder, Side
 from mmrec.retrieval.backend import CatalogueIndex
 from mmrec.retrieval.embed import open_split, pick_device, read_embeddings
 from mmrec.retrieval.frontier import Frontier, remove_frontier
 from mmrec.retrieval.index import Device, ProductIndex
+from mmrec.retrieval.intake import checked_k
 from mmrec.retrieval.match_gallery import THUMBNAIL
 from mmrec.retrieval.matches import Match, Matches, Why
 from mmrec.retrieval.milvus import COLLECTION, MilvusIndex
@@ -216,6 +217,8 @@ class Matcher:
         with its place, as `video[3]`), an id is not here, or the condition cannot be understood.
         """
         ids = self._ids_asked(product_id, content_id)
+        if side not in (None, *VIEWS):
+            raise UserError(f"side '{side}': expected {' or '.join(VIEWS)}")
         if ids is not None:
             if any(map(is_given, (video, images, title, text))):
                 raise UserError(f"give {self.index.key}, or a video, images or text, not both")
@@ -347,8 +350,7 @@ class Matcher:
     def _match_ids(
         self, ids: str | Sequence[str], *, k: int, where: str | None, rerank: bool | None
     ) -> list[Matches]:
-        if k < 1:
-            raise UserError(f"k is {k}; expected at least 1")
+        k = checked_k(k)
         asked = [ids] if isinstance(ids, str) else ids
         vectors = self.index.vectors(asked)
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -31,6 +31,7 @@ from mmrec.errors import UserError
 from mmrec.manifest import Manifest, Parent, find_recorded
 from mmrec.retrieval.index import SearchResult
 from mmrec.retrieval.intake import (
+    checked_k,
     checked_queries,
     checked_vectors,
     fitted_attributes,
@@ -340,8 +341,7 @@ class MilvusIndex:
         queries of another width or that are not finite, for `rerank`, and for a condition that
         cannot be understood or that Milvus would answer otherwise than DuckDB.
         """
-        if k < 1:
-            raise UserError(f"k is {k}; expected at least 1")
+        k = checked_k(k)
         if k > MOST_MATCHES:
             raise UserError(f"k is {k:,}; Milvus gives at most {MOST_MATCHES:,} matches a query")
         if rerank:

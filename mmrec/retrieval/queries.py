@@ -73,7 +73,7 @@ def queries_of(
     if is_given(title) and is_given(text):
         raise UserError("give title or text, not both: they are the same thing")
     words = "text" if title is None or is_given(text) else "title"
-    pictures = [images] if isinstance(images, SOURCE) else list(images or ())
+    pictures = _pictures(images, "images")
     parts = {"video": video, "images": pictures, words: title if words == "title" else text}
     own = {name: listed(value) for name, value in parts.items() if name != "images"}
     own["images"] = _listed_images(pictures)
@@ -107,7 +107,28 @@ def _checked_query(
         )
     if title is not None and not isinstance(title, str):
         raise UserError(f"{words}{row}: expected words, found {type(title).__name__}")
-    return Query(video=video, images=images or (), title=title, number=number)
+    pictures = _pictures(images, f"images{row}")
+    wrong = next((picture for picture in pictures if not isinstance(picture, SOURCE)), None)
+    if wrong is not None:
+        raise _no_picture(wrong, f"images{row}")
+    return Query(video=video, images=pictures, title=title, number=number)
+
+
+def _pictures(images: Any, where: str) -> list[Any]:
+    """What `images` holds, as a list; one that a table lacks is None or NaN."""
+    if images is None or (isinstance(images, float) and math.isnan(images)):
+        return []
+    if isinstance(images, SOURCE):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise _no_picture(images, where)
+    return list(images)
+
+
+def _no_picture(found: Any, where: str) -> UserError:
+    return UserError(
+        f"{where}: expected paths, URLs or bytes of image files, found {type(found).__name__}"
+    )
 
 
 def is_given(value: Any) -> bool:
@@ -203,6 +224,9 @@ def embed_parts_of(
 
 def _listed_images(images: list[Any]) -> list[Any] | None:
     """Pictures of many queries, given as a list of lists; None where they are of one."""
+    alone = next((e for e in images if not isinstance(e, SOURCE | Iterable | float | None)), None)
+    if alone is not None:
+        raise _no_picture(alone, "images")
     nested = [not isinstance(entry, SOURCE) for entry in images]
     if not any(nested):
         return None
@@ -211,4 +235,4 @@ def _listed_images(images: list[Any]) -> list[Any] | None:
             "images: expected the pictures of one query, [a, b], or a list for each of many, [[a, b], [c]]; "
             "found both"
         )
-    return [list(entry) if isinstance(entry, Iterable) else None for entry in images]
+    return images

@@ -1,10 +1,12 @@
 """Matcher: the same vectors as the flow's, and a gallery that escapes what it shows."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mmrec import Matcher
 from mmrec.data.media import FrameConfig, read_video
@@ -12,7 +14,9 @@ from mmrec.errors import UserError
 from mmrec.retrieval import matcher as matcher_module
 from mmrec.retrieval.embed import embed_shards, read_embeddings
 from mmrec.retrieval.index import ProductIndex
+from mmrec.retrieval.intake import checked_k
 from mmrec.retrieval.matches import Why
+from mmrec.retrieval.queries import queries_of
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,36 @@ def test_a_file_that_cannot_be_read_is_named_with_its_place(
         matcher.match(images=[picture, tmp_path / "missing.jpg"])
     with pytest.raises(UserError, match=rf"^{broken}: "):
         matcher.match(video=broken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": Image.new("RGB", (2, 2))}, "images: .* bytes of image files, found Image"),
+        ({"images": [Image.new("RGB", (2, 2))]}, "images: .* bytes of image files, found Image"),
+        ({"images": [np.zeros((4, 4, 3))]}, r"images\[0\]: .* found ndarray"),
+        ({"images": [["a.jpg"], [5]]}, r"images\[1\]: .* found int"),
+        ({"video": 5}, "video: expected a path, a URL or bytes, found int"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_its_type(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        queries_of(**arguments)
+
+
+def test_a_missing_entry_of_a_table_is_no_picture() -> None:
+    queries, _ = queries_of(images=[["a.jpg"], None, float("nan")], title=["a", "b", "c"])
+    assert [list(query.images) for query in queries] == [["a.jpg"], [], []]
+
+
+def test_k_is_a_whole_number_of_any_kind(matcher: Matcher) -> None:
+    k = checked_k(np.int64(3))
+    assert (k, type(k)) == (3, int)
+    for wrong in (2.5, "3", None):
+        with pytest.raises(UserError, match="expected a whole number"):
+            checked_k(wrong)
+    with pytest.raises(UserError, match="k is 0; expected at least 1"):
+        matcher.match(text="a mug", k=0)
 
 
 def test_products_like_products(matcher: Matcher) -> None:
