@@ -19,6 +19,7 @@ from mmrec.flags import refused_in_one_line, without_typeguard
 from mmrec.launcher import stop_with_launcher
 from mmrec.retrieval.evaluation_config import EvaluationConfig
 from mmrec.serve.config import ServeConfig
+from mmrec.terminal import one_line
 
 if TYPE_CHECKING:
     from mmrec.retrieval.batch import BatchCounts
@@ -756,7 +757,7 @@ def recommend(
     if found.unknown_items:
         print(f"{found.unknown_items} products of the history have no ID and were left out")
     for place, one in enumerate(found, 1):
-        print(f"{place:3}  {one.score:8.3f}  {one.product_id}")
+        print(f"{place:3}  {one.score:8.3f}  {one_line(one.product_id)}")
 
 
 @app.command
@@ -796,7 +797,7 @@ def run_program(program: Callable[[], Result]) -> Result:
         with quiet_if_asked(), without_typeguard():
             return refused_in_one_line(program)
     except UserError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("error:", one_line(str(error)), file=sys.stderr)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not our failure.
         sys.stderr.close()

@@ -33,11 +33,13 @@ from mmrec.retrieval.metrics import (
 )
 from mmrec.retrieval.query_results import read_results
 from mmrec.retrieval.report.comparison_page import render_comparison
+from mmrec.terminal import one_line
 
 _SIGNS = {BEYOND: "*", UNSURE: "~", WITHIN: " "}
 _MAIN_SLICES = ("all", "warm", "cold")
 _NUM_DIFFERING = 10
 _SHOWN_DIFFERING = 3
+_MOST_TITLE = 100
 # What must be equal for two evaluations to have asked the same.
 _SAME = ("shards", "split", "gallery", "queries")
 
@@ -302,7 +304,7 @@ def _elsewhere(compared: Mapping[str, Any]) -> list[str]:
                 if own["verdict"] == BEYOND and slice_name not in _MAIN_SLICES
             ]
             if found:
-                lines.append(f"{run}, {slice_name}: {', '.join(found)}")
+                lines.append(f"{run}, {one_line(slice_name)}: {', '.join(found)}")
     return ["", "beyond chance on other slices:", *lines] if lines else []
 
 
@@ -312,7 +314,7 @@ def _differing_lines(compared: Mapping[str, Any]) -> list[str]:
         for side, queries in sides.items():
             for query in queries[:_SHOWN_DIFFERING]:
                 lines.append(
-                    f"{run} {side}: {query['content_id']}, place {query['rank_first']:,} -> "
-                    f"{query['rank']:,}: {query['title'] or 'no title'}"
+                    f"{run} {side}: {one_line(query['content_id'])}, place {query['rank_first']:,} -> "
+                    f"{query['rank']:,}: {one_line(query['title'] or 'no title', most=_MOST_TITLE)}"
                 )
     return ["", "queries that differ most:", *lines] if lines else []

@@ -30,6 +30,7 @@ from mmrec.retrieval.metrics import (
     per_query,
     rank_relevant,
 )
+from mmrec.terminal import one_line
 
 if TYPE_CHECKING:
     import pandas
@@ -72,7 +73,7 @@ class Disagreement:
 
     def __repr__(self) -> str:
         found = ", ".join(f"{name} at {rank}" for name, rank in self.ranks.items())
-        return f"{self.content_id}: {', '.join(self.right.values())}: {found}"
+        return one_line(f"{self.content_id}: {', '.join(self.right.values())}: {found}")
 
     def _repr_html_(self) -> str:
         query = next(iter(self.matches.values()))

@@ -20,7 +20,7 @@ from mmrec.retrieval.embed import Split, open_split
 
 Slices = dict[str, Bool[np.ndarray, " Q"]]
 CATEGORY = "category"
-OTHER, MISSING = "other", "missing"
+OTHER, MISSING, EMPTY = "other", "missing", "(empty)"
 # A column of more distinct numbers than this is sliced into ranges.
 _MOST_NUMBERS = 12
 _NUM_RANGES = 4
@@ -164,11 +164,16 @@ def _labels(values: Sequence[Any]) -> list[str | None]:
     known = [value for value in values if value is not None]
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in known)
     if not numbers or len(set(known)) <= _MOST_NUMBERS:
-        return [None if value is None else str(value) for value in values]
+        return [None if value is None else _named(value) for value in values]
     edges = np.unique(np.quantile(known, np.linspace(0, 1, _NUM_RANGES + 1)))
     names = [f"{low:.4g} to {high:.4g}" for low, high in pairwise(edges)]
     inner = edges[1:-1]
     return [None if v is None else names[int(np.searchsorted(inner, v, "right"))] for v in values]
+
+
+def _named(value: Any) -> str:
+    text = str(value)
+    return text if text.strip() else EMPTY
 
 
 def _in_order(values: Sequence[Any], labels: Sequence[str | None]) -> list[str]:

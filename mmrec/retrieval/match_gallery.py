@@ -107,10 +107,9 @@ def draw_matches(matches: "Matches", *, columns: int) -> "matplotlib.figure.Figu
 
 
 def attribute_texts(attributes: Mapping[str, Any]) -> list[str]:
-    """What a card says of a product's attributes: those that are there, the first few."""
-    filled = [f"{name} {_short(value)}" for name, value in attributes.items() if value is not None]
-    rest = len(filled) - _MOST_ATTRIBUTES
-    return [*filled[:_MOST_ATTRIBUTES], *([f"and {rest} more"] if rest > 0 else [])]
+    """What can be said of a product's attributes: name and value of those that are filled in."""
+    texts = {name: _short(value) for name, value in attributes.items() if value is not None}
+    return [f"{name} {text}" for name, text in texts.items() if text.strip()]
 
 
 def signed(loss: float) -> str:
@@ -127,7 +126,10 @@ def _card(place: int | None, match: "Match", right: bool = False) -> str:
         if place is None
         else f"<div><b>{place}</b> · {match.score:.3f}{'  <b>✓ right</b>' if right else ''}</div>"
     )
-    attributes = escape(" · ".join(attribute_texts(match.attributes)))
+    texts = attribute_texts(match.attributes)
+    if len(texts) > _MOST_ATTRIBUTES:
+        texts[_MOST_ATTRIBUTES:] = [f"and {len(texts) - _MOST_ATTRIBUTES} more"]
+    attributes = escape(" · ".join(texts))
     return (
         f"{shown}{score}<div style='overflow-wrap:anywhere'>{escape(title)}</div>"
         f"<div style='{_SOFT}'>{attributes}</div>"

@@ -8,10 +8,14 @@ import pyarrow as pa
 
 from mmrec.errors import UserError
 from mmrec.retrieval.match_gallery import draw_matches, matches_html, signed, why_html
+from mmrec.terminal import one_line
 
 if TYPE_CHECKING:
     import matplotlib.figure
     import pandas
+
+_MOST_TITLE = 100
+"""Characters of a title that a line of text shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ class Why:
         }
 
     def __repr__(self) -> str:
-        lines = [f"{self.product_id}: score {self.score:.3f}"]
+        lines = [f"{one_line(self.product_id)}: score {self.score:.3f}"]
         halves = (
             ("video", self.video_alone, self.video_share),
             ("title", self.title_alone, self.title_share),
@@ -224,7 +228,8 @@ class Matches(Sequence[Match]):
 
     def __repr__(self) -> str:
         lines = (
-            f"{place:3}  {match.score:.3f}  {match.product_id}  {match.title or ''}".rstrip()
+            f"{place:3}  {match.score:.3f}  {one_line(match.product_id)}  "
+            f"{one_line(match.title or '', most=_MOST_TITLE)}".rstrip()
             for place, match in enumerate(self.matches, 1)
         )
         return "\n".join(lines) or "no matches"

@@ -139,6 +139,16 @@ def test_queries_that_differ_most_are_listed(runs: list[Path]) -> None:
     }
 
 
+def test_titles_do_not_steer_a_terminal(runs: list[Path]) -> None:
+    compared = compare_folders(runs[:2])
+    for query in compared["differing"][compared["runs"][1]["name"]]["gained"]:
+        query["title"] = "clear\x1b[2J\nall " + "x" * 200
+    text = comparison_text(compared)
+    assert text.replace("\n", "").isprintable()
+    assert "clear [2J all xxx" in text
+    assert all(len(line) < 200 for line in text.splitlines()[-3:])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -223,6 +223,7 @@ def test_rare_values_of_a_column_are_one_slice() -> None:
     # A value that is called so joins the rest; all values are kept where there is room.
     assert column_slices("k", ["other", "other", "x", "y"], 1)["k: other"].sum() == 4
     assert list(column_slices("k", [10, 9, 10], 2)) == ["k: 9", "k: 10"]
+    assert list(column_slices("k", ["", " ", "a"], 5)) == ["k: (empty)", "k: a"]
 
 
 def test_many_numbers_are_cut_into_ranges() -> None:

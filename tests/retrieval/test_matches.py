@@ -4,6 +4,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmrec.data.media import encode_jpeg
 from mmrec.errors import UserError
 from mmrec.retrieval.matches import Match, Matches, Why
 from mmrec.retrieval.queries import embed_parts_of, encode, queries_of
+from mmrec.terminal import one_line
 
 JPEG = encode_jpeg(np.full((20, 30, 3), 90, np.uint8), 85)
 COLOURS = re.compile(r"#[0-9a-fA-F]{3,8}\b|\b(white|black|gr[ae]y|rgb)\b")
@@ -70,6 +72,17 @@ def test_matches_are_a_sequence(matches: Matches) -> None:
     assert repr(Matches(matches=[])) == "no matches"
 
 
+def test_titles_of_others_do_not_steer_a_terminal() -> None:
+    title = "red\x1b[2J\x9b31m\r\nmug \u202eevil\u2028 " + "x" * 200
+    line = repr(Matches(matches=[replace(found(0), title=title, product_id="p\x07\n1")]))
+    assert line.startswith("  1  1.000  p 1  red [2J 31m mug evil xxx")
+    assert line.isprintable()
+    assert line.endswith("x…")
+    assert len(line) < 130
+    assert repr(Why(product_id="p\n\x1b", score=0.5)).splitlines() == ["p: score 0.500"]
+    assert one_line("mère 👩\u200d🍳 \xa0 שלום") == "mère 👩\u200d🍳 שלום"
+
+
 def test_tables_have_the_types_of_the_index(matches: Matches) -> None:
     table = matches.to_arrow()
     assert table.schema.field("place").type == pa.int32()
@@ -103,6 +116,17 @@ def test_the_gallery_escapes_and_describes(matches: Matches) -> None:
     assert "stock 2" in page
     assert "colour" not in page.replace("currentColor", "")  # None says nothing.
     assert "no matches" in Matches(matches=[])._repr_html_()
+
+
+def test_a_card_lists_what_is_filled_in() -> None:
+    own = {f"n{number}": number for number in range(4)}
+    match = found(0, tags=["<b>", "x"], none=None, empty="", nothing=[], **own, weight=1.23456789)
+    page = Matches(matches=[match])._repr_html_()
+    assert "tags &lt;b&gt;, x · n0 0 · n1 1 · n2 2 · n3 3 · weight 1.23457<" in page
+    assert (
+        "and 1 more"
+        in Matches(matches=[replace(match, attributes={**match.attributes, "z": 1})])._repr_html_()
+    )
 
 
 def test_what_notebooks_show_has_no_colour_of_its_own(matches: Matches) -> None:

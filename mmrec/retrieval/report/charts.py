@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from mmrec.retrieval.report.page import heading, range_text, readable, table
+from mmrec.retrieval.report.page import count_of, heading, range_text, readable, table
 from mmrec.retrieval.report.tables import (
     TRAINED,
     best_baseline,
@@ -71,7 +71,7 @@ def column_bars(metrics: Mapping[str, Any], metric: str = "R@1") -> str:
                     label=value_of(name),
                     value=means[metric],
                     interval=interval_of(metrics, TRAINED, name, metric),
-                    small=f"{means['queries']:,} queries",
+                    small=count_of(means["queries"]),
                     mark=best[1] if best else None,
                 )
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmrec.retrieval.metrics import BEYOND, MAIN_METRICS, METRIC_NAMES, WITHIN
 from mmrec.retrieval.report.charts import difference_chart, recall_chart
-from mmrec.retrieval.report.page import facts, note, render_page, table
+from mmrec.retrieval.report.page import count_of, facts, note, render_page, table
 from mmrec.retrieval.report.tables import group_row
 
 
@@ -52,7 +52,7 @@ def _results(compared: Mapping[str, Any]) -> str:
     for slice_name, runs in compared["slices"].items():
         count = next(iter(runs.values()))["queries"]
         rows = "".join(_row(compared, slice_name, run, means) for run, means in runs.items())
-        group = group_row(slice_name, f"{count:,} queries", len(METRIC_NAMES) + 1)
+        group = group_row(slice_name, count_of(count), len(METRIC_NAMES) + 1)
         bodies.append(f"<tbody>{group}{rows}</tbody>")
     caption = (
         f"{compared['queries']:,} queries against the whole catalogue of {compared['gallery']:,} "

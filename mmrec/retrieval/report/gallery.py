@@ -9,11 +9,13 @@ from typing import Any
 
 from PIL import Image
 
+from mmrec.retrieval.match_gallery import attribute_texts
 from mmrec.retrieval.report.page import heading, note
 
 # Of a picture in the page: wide enough for a sharp screen, so that a page stays within some megabytes.
 _LONGEST_SIDE = 176
 _MOST_FRAMES = 4
+_MOST_ATTRIBUTES = 3
 _QUALITY = 80
 _CHOICE = {
     "all over": "evenly spaced over the split, not chosen by how well they went.",
@@ -140,8 +142,8 @@ def _verdict(card: QueryCard) -> str:
 def _product_tile(place: int, match: MatchedProduct) -> str:
     title = escape(match.title) if match.title else "<em>no title</em>"
     kind, sign = ("right", "\u2713 right") if match.right else ("wrong", "\u2717 wrong")
-    filled = [(key, value) for key, value in match.attributes.items() if value not in (None, "")]
-    attributes = "".join(f"<span>{escape(f'{key} {value}')}</span>" for key, value in filled[:3])
+    texts = attribute_texts(match.attributes)[:_MOST_ATTRIBUTES]
+    attributes = "".join(f"<span>{escape(text)}</span>" for text in texts)
     return (
         f'<li class="{kind}"><div class="photo"><img src="{_data_uri(match.image)}" '
         f'alt="{escape(match.title or match.product_id)}">'

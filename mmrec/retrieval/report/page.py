@@ -27,6 +27,11 @@ def range_text(interval: Sequence[float]) -> str:
     return f"{interval[0]:.3f}\u2013{interval[1]:.3f}"
 
 
+def count_of(queries: int) -> str:
+    """A number of queries, in words."""
+    return f"{queries:,} {'query' if queries == 1 else 'queries'}"
+
+
 def note(html: str) -> str:
     """A paragraph in small print."""
     return f'<p class="note">{html}</p>'

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from mmrec.retrieval.metrics import MAIN_METRICS, METRIC_NAMES, systems
-from mmrec.retrieval.report.page import heading, note, range_text, readable, table
+from mmrec.retrieval.report.page import count_of, heading, note, range_text, readable, table
 
 MAIN_SLICES = ("all", "warm", "cold")
 """The slices of the main table; all others go to the table of slices."""
@@ -71,7 +71,7 @@ def _result_rows(metrics: Mapping[str, Any], slice_name: str) -> str:
         kind = ' class="trained"' if system == TRAINED else ""
         rows.append(f'<tr{kind}><th scope="row">{readable(system)}</th>{cells}</tr>')
     count = metrics["slices"][slice_name]["queries"]
-    group = group_row(slice_name, f"{count:,} queries", len(METRIC_NAMES) + 1)
+    group = group_row(slice_name, count_of(count), len(METRIC_NAMES) + 1)
     return f"<tbody>{group}{''.join(rows)}</tbody>"
 
 
