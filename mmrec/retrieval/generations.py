@@ -12,10 +12,11 @@
     generations/000002/vectors.npy         optional: float16 vectors at full width
     generations/000002/changes/00000001.change   what was changed since: see changes.py
     generations/000002/changes/acknowledged      the number of the last of them
+    generations/000002/pictures/                 optional: of products that were upserted: see pictures.py
 
-Of a generation only `changes/` grows. A new one is written under a temporary name, brought to the disk,
-renamed, and then named by CURRENT, which is itself replaced by a rename. So whoever opens an index
-finds the old generation or the new one. Locks are flock's: they vanish with the process that held them.
+Of a generation only `changes/` and `pictures/` grow. A new one is written under a temporary name, brought
+to the disk, renamed, and then named by CURRENT, which is itself replaced by a rename. So whoever opens an
+index finds the old generation or the new one. Locks are flock's: they vanish with the process that held them.
 """
 
 import errno
@@ -46,6 +47,7 @@ from mmrec.manifest import (
 
 BASE, PRODUCTS, KEYS, VECTORS = "base.faiss", "products.arrow", "keys.npy", "vectors.npy"
 RECORD, CHANGES, CURRENT, WRITER_LOCK = "generation.json", "changes", "CURRENT", "writer.lock"
+PICTURES = "pictures"
 _SEAL = "seal.json"
 _FOLDER, _TEMPORARY, _REMOVED = "generations", ".tmp-", ".removed-"
 # Readers on other machines hold no lock that is seen here; what they most likely read is the last one.

@@ -66,6 +66,12 @@ from mmrec.retrieval.intake import (
     joined_attributes,
     name_ids,
 )
+from mmrec.retrieval.pictures import (
+    carry_pictures,
+    forget_pictures,
+    keep_pictures,
+    kept_picture,
+)
 from mmrec.retrieval.view import View
 
 
@@ -232,6 +238,8 @@ class ProductIndex:
             is_writer = own and self._writer is not None
             with published_generation(out, overwrite=overwrite, is_writer=is_writer) as generation:
                 record = write_files(generation, base)
+                if own:
+                    self._carry_pictures(generation)
                 manifest = manifest_of(
                     record,
                     parents=list(parents),
@@ -344,6 +352,11 @@ class ProductIndex:
         found = view.attributes_of(_rows_of(view, ids))
         return [{n: v for n, v in columns.items() if n != self.key} for columns in found]
 
+    def picture(self, product_id: str) -> bytes | None:
+        """The JPEG that a product was upserted with, b"" where it has none; None where nothing was said."""
+        path = self._view.base.path
+        return None if path is None else kept_picture(path.parent, product_id)
+
     def vectors(self, ids: Sequence[str]) -> Float32[np.ndarray, "Q D"]:
         """The vectors of products, in the order of `ids`; approximate where the index compresses.
 
@@ -418,11 +431,14 @@ class ProductIndex:
         ids: Sequence[str],
         vectors: Float[np.ndarray, "N D"],
         attributes: pa.Table | None = None,
+        *,
+        pictures: Sequence[bytes] | None = None,
     ) -> None:
         """Add products, or replace those that are here; on the disk when this returns.
 
         `attributes` holds a row for each id, as in `build`; a column that it lacks is null, a new
-        column is added. Without it products that are here keep theirs.
+        column is added. Without it products that are here keep theirs. `pictures` holds a JPEG for each
+        id, b"" for one that has none, for `picture` to give back; an index in memory keeps none.
 
         Raises `UserError`, naming ids, for what `build` refuses; for a column of another type than it
         has here; and while another writer holds the index. Nothing is changed then.
@@ -439,7 +455,8 @@ class ProductIndex:
                 products = joined_attributes(ids, attributes, self.key)
             products = fitted_attributes(products, self.schema)
             facts = self._measured(indexed)
-            self._change(Change(kind="upsert", products=products, vectors=vectors, facts=facts))
+            change = Change(kind="upsert", products=products, vectors=vectors, facts=facts)
+            self._change(change, pictures)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Take products out; on the disk when this returns. Ids that are not here are passed over.
@@ -473,6 +490,7 @@ class ProductIndex:
                 return True
             with next_generation(self._folder) as generation:
                 assert self.manifest is not None
+                self._carry_pictures(generation)
                 finish_base(generation, write_files(generation, base), self.manifest)
             self._open_live()
             return True
@@ -502,11 +520,15 @@ class ProductIndex:
                 raise
             self._writer = writer
 
-    def _change(self, change: Change) -> None:
+    def _change(self, change: Change, pictures: Sequence[bytes] | None = None) -> None:
         """Write a change, then show it."""
         path = self._view.base.path
         if self._folder is not None and path is not None:
+            if pictures is not None:
+                keep_pictures(path.parent, change.ids, pictures)
             write_change(path.parent, len(self._facts) + 1, self._record.fingerprint, change)
+            if pictures is None:
+                forget_pictures(path.parent, change.ids)
         self._show(change)
 
     def _show(self, change: Change) -> None:
@@ -534,6 +556,11 @@ class ProductIndex:
     def _take(self, base: Base, manifest: Manifest | None) -> None:
         self._view, self.manifest = View.of(base), manifest
         self._facts, self._lists = [], {}
+
+    def _carry_pictures(self, generation: Path) -> None:
+        path = self._view.base.path
+        if path is not None:
+            carry_pictures(path.parent, generation)
 
     def _folded(self) -> Base:
         """The base with all changes in it: a new one in memory, or as it is where there are none."""

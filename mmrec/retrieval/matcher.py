@@ -131,6 +131,9 @@ class Matcher:
 
     def has_picture(self, id_: str) -> bool:
         """Whether `picture_of` has something."""
+        kept = self._kept_picture(id_)
+        if kept is not None:
+            return bool(kept)
         row = self._picture_rows.get(id_)
         if self._catalog is None or row is None:
             return False
@@ -138,7 +141,10 @@ class Matcher:
         return first in self._catalog.names(row)
 
     def picture_of(self, id_: str) -> bytes | None:
-        """The first picture of what the index holds as JPEG, where the shards it came from have one."""
+        """The first picture of what the index holds, as it was upserted with, or as its shards have it.
+
+        JPEG, but in shards that others wrote.
+        """
         return self._picture_of(id_)
 
     # Without arguments either fits, and either is refused.
@@ -256,6 +262,33 @@ class Matcher:
             [preprocessed(own, self.encoder.preprocess) for own in pictures], titles, side
         )
 
+    def encode_held(self, ids: Sequence[str]) -> list[EncodedQuery]:
+        """What the index holds, encoded anew from its shards.
+
+        Raises `UserError` where an id is not in shards that the index remembers, or was replaced since.
+        """
+        for id_ in ids:
+            if id_ not in self._picture_rows or self._kept_picture(id_) is not None:
+                raise UserError(
+                    f"{id_}: its pictures and title are not in the shards that the index remembers; give "
+                    "them as images and text"
+                )
+        assert self._catalog is not None
+        loader = item_loader(
+            self._catalog,
+            [self._picture_rows[id_] for id_ in ids],
+            preprocess=self.encoder.preprocess,
+            tokenizer=self.encoder.tokenizer,
+            num_frames=self.encoder.config.num_frames,
+            batch_size=_READ,
+            num_workers=0,
+        )
+        side: Side = "product" if self.index.key == "product_id" else "content"
+        width = self.index.width
+        return [
+            query for batch in loader for query in encode(self.encoder, batch, side, width=width)
+        ]
+
     def read(
         self, video: Source | None = None, images: Sequence[Source] | Source = ()
     ) -> list[np.ndarray]:
@@ -318,7 +351,7 @@ class Matcher:
                     else f"{error}, and its shards are not where it remembers them; put them back, or build "
                     "it with `mmrec index build --rerank`"
                 ) from None
-            return self._stacked(self._encode_held(ids))
+            return self._stacked(self.encode_held(ids))
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def _match_queries(
@@ -421,43 +454,27 @@ class Matcher:
         vectors = [query.vector for query in encoded]
         return np.stack(vectors) if vectors else np.zeros((0, self.index.width), np.float32)
 
-    def _encode_held(self, ids: Sequence[str]) -> list[EncodedQuery]:
-        """What the index holds, encoded anew from the shards; all of the ids must be there."""
-        assert self._catalog is not None
-        loader = item_loader(
-            self._catalog,
-            [self._picture_rows[id_] for id_ in ids],
-            preprocess=self.encoder.preprocess,
-            tokenizer=self.encoder.tokenizer,
-            num_frames=self.encoder.config.num_frames,
-            batch_size=_READ,
-            num_workers=0,
-        )
-        side: Side = "product" if self.index.key == "product_id" else "content"
-        width = self.index.width
-        return [
-            query for batch in loader for query in encode(self.encoder, batch, side, width=width)
-        ]
-
     def _why_one(self, query: EncodedQuery, id_: str) -> Why:
         return self.why(query, [id_])[0]
 
     def _why_held(self, asked: str, id_: str) -> Why:
         """The same for a query that was something in the index."""
-        if asked not in self._picture_rows:
-            raise UserError(
-                f"{asked}: its pictures and title are not in the shards that the index remembers; give them "
-                "as images and text"
-            )
-        return self._why_one(self._encode_held([asked])[0], id_)
+        return self._why_one(self.encode_held([asked])[0], id_)
 
     def _picture_of(self, id_: str) -> bytes | None:
-        """The first picture, where shards have one: tars that others wrote may have words alone."""
+        """The first picture, where there is one: tars that others wrote may have words alone."""
+        kept = self._kept_picture(id_)
+        if kept is not None:
+            return kept or None
         if self._catalog is None or id_ not in self._picture_rows:
             return None
         row = self._picture_rows[id_]
         name = image_name(0) if self._catalog.family == "products" else frame_name(0)
         return self._catalog.read(row, [name])[name] if name in self._catalog.names(row) else None
+
+    def _kept_picture(self, id_: str) -> bytes | None:
+        """The picture that a product was upserted with; the shards know it with another, or not at all."""
+        return self.index.picture(id_) if isinstance(self.index, ProductIndex) else None
 
 
 def open_index(

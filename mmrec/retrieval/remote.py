@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from mmrec.data.sources import Source, local_file
 from mmrec.errors import MediaError, UserError
+from mmrec.model.encoder import Side
 from mmrec.retrieval.matches import Match, Matches, Why
 from mmrec.retrieval.queries import Query, is_given, queries_of
 
@@ -66,8 +67,11 @@ class RemoteMatcher:
         title: Any = None,
         text: Any = None,
         product_id: Any = None,
+        content_id: Any = None,
         k: int = 10,
         where: str | None = None,
+        side: Side | None = None,
+        rerank: bool | None = None,
     ) -> Any:
         """The k nearest to a video, or pictures, with or without words, or words alone, or to a product.
 
@@ -75,15 +79,16 @@ class RemoteMatcher:
         are sent some at a time, and the service encodes them together. Raises `UserError` with the
         service's reason where it refuses, and when it cannot be reached.
         """
-        if product_id is not None:
-            if any(map(is_given, (video, images, title, text))):
-                raise UserError("give product_id, or a video, images or text, not both")
-            ask = partial(self._match_like, k=k, where=where)
-            if isinstance(product_id, str):
-                return ask(product_id)
-            return self._each(ask, list(product_id))
+        asked = {"k": k, "where": where, "rerank": rerank}
+        named = {"product_id": product_id, "content_id": content_id}
+        given = [name for name, ids in named.items() if ids is not None]
+        if given:
+            if len(given) > 1 or any(map(is_given, (video, images, title, text))):
+                raise UserError(f"give {given[0]}, or a video, images or text, not both")
+            ids, ask = named[given[0]], partial(self._match_like, given[0], asked)
+            return ask(ids) if isinstance(ids, str) else self._each(ask, list(ids))
         queries, many = queries_of(video, images, title, text)
-        ask = partial(self._match_query, k=k, where=where)
+        ask = partial(self._match_query, asked | {"side": side})
         return self._each(ask, queries) if many else ask(queries[0])
 
     def info(self) -> dict[str, Any]:
@@ -109,20 +114,15 @@ class RemoteMatcher:
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             return list(threads.map(ask, queries))
 
-    def _match_query(self, query: Query, *, k: int, where: str | None) -> Matches:
+    def _match_query(self, asked: Mapping[str, Any], query: Query) -> Matches:
         files = [("video", _read(query.video))] if query.video is not None else []
         files += [("images", _read(image)) for image in query.images]
-        return self._ask({"text": query.title, "where": where, "k": k}, files, query.title)
+        return self._ask({"text": query.title, **asked}, files)
 
-    def _match_like(self, product_id: str, *, k: int, where: str | None) -> Matches:
-        return self._ask({"product_id": product_id, "where": where, "k": k}, [], None)
+    def _match_like(self, name: str, asked: Mapping[str, Any], id_: str) -> Matches:
+        return self._ask({name: id_, **asked}, [])
 
-    def _ask(
-        self,
-        fields: Mapping[str, Any],
-        files: Sequence[tuple[str, bytes]],
-        title: str | None,
-    ) -> Matches:
+    def _ask(self, fields: Mapping[str, Any], files: Sequence[tuple[str, bytes]]) -> Matches:
         # Parts, also where there is no file: httpx sends data alone as a form of another type.
         parts: list[tuple[str, Any]] = [
             (name, (None, str(value))) for name, value in fields.items() if value is not None
@@ -132,9 +132,10 @@ class RemoteMatcher:
         answer = self._send("POST", "/v1/match", files=shown).json()
         return Matches(
             matches=[self._match(found) for found in answer["matches"]],
-            title=title,
+            title=answer["query"]["text"],
             frames=[base64.b64decode(uri.partition(",")[2]) for uri in answer["query"]["frames"]],
-            explainer=partial(self._explain, parts) if "product_id" not in fields else None,
+            key=answer["key"],
+            explainer=partial(self._explain, parts),
         )
 
     def _explain(self, parts: Sequence[tuple[str, Any]], product_id: str) -> Why:
@@ -143,7 +144,8 @@ class RemoteMatcher:
         found = {match["product_id"]: match["why"] for match in answer["matches"]}.get(product_id)
         if not found:
             raise UserError(
-                f"{product_id}: the service does not say why; its index keeps no vectors, or has changed"
+                f"{product_id}: the service does not say why; its index or shards keep too little, or have "
+                "changed"
             )
         return Why(
             product_id=product_id,

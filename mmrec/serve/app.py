@@ -1,7 +1,8 @@
 """The service's routes, as an ASGI application.
 
 POST   /v1/match                 a video, pictures, text or a product in; matched products out
-GET    /v1/products/ID           attributes; /image its picture
+GET    /v1/products/ID           attributes
+GET    /v1/images/ID             a picture
 PUT    /v1/products, DELETE /v1/products/ID     where the service is writable
 GET    /v1/info, /v1/healthz, /v1/readyz, /metrics, /openapi.json
 GET    /                         the page
@@ -11,7 +12,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,20 @@ from starlette.responses import FileResponse, Response
 import mmrec
 from mmrec.data.media import encode_jpeg
 from mmrec.errors import UserError
+from mmrec.model.encoder import Side
 from mmrec.retrieval.index import ProductIndex
+from mmrec.retrieval.matcher import Matcher
 from mmrec.serve import schemas
 from mmrec.serve.config import ServeConfig
-from mmrec.serve.decoding import Decoded, Decoders, DecodeTask, What, check_kind
+from mmrec.serve.decoding import (
+    FRAME_SIDE,
+    PRODUCT_SIDE,
+    Decoded,
+    Decoders,
+    DecodeTask,
+    What,
+    check_kind,
+)
 from mmrec.serve.fetching import check_url, fetch
 from mmrec.serve.front import Front, answer_refused
 from mmrec.serve.live import Live, Served
@@ -41,9 +52,10 @@ from mmrec.serve.matching import (
     Job,
     Matching,
     explain,
+    explain_like,
     plain_attributes,
+    search_apart,
     search_like,
-    search_where,
 )
 from mmrec.serve.metrics import CONTENT_TYPE, Metrics
 from mmrec.serve.openapi import MATCH_BODY, PRODUCT_BODY, errors
@@ -68,6 +80,7 @@ _PAGE_TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
+_JPEG = b"\xff\xd8\xff"
 _DEFAULT_K = 10
 _TRIES = 3
 _MATCH_FIELDS: dict[str, FieldKind] = {
@@ -79,6 +92,9 @@ _MATCH_FIELDS: dict[str, FieldKind] = {
     "why": "text",
     "frames": "text",
     "product_id": "text",
+    "content_id": "text",
+    "side": "text",
+    "rerank": "text",
     "video_url": "text",
 }
 _KINDS: dict[int, Kind] = {404: "not found", 405: "method"}
@@ -94,7 +110,31 @@ class Question:
     why: bool
     frames: bool
     product_id: str | None
+    content_id: str | None
+    side: Side | None
+    rerank: bool | None
     video_url: str | None
+
+    @property
+    def like(self) -> str | None:
+        """The id of what is to be alike, under whichever name it was given."""
+        return self.product_id or self.content_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a query came to."""
+
+    hits: list[Hit]
+    text: str | None
+    """The query's words, or the title of what was asked about."""
+    num_frames: int = 0
+    shown: Sequence[bytes] = ()
+    """JPEGs of the query's frames and pictures, where they were asked for."""
+    whys: Mapping[str, dict[str, Any]]
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+    search_s: float
 
 
 class Service:
@@ -151,7 +191,7 @@ class Service:
     async def start(self) -> None:
         """Start decoders, and run the encoder once, so that the first request does not wait for that."""
         grey = encode_jpeg(np.full((64, 64, 3), 128, np.uint8), 90)
-        task = self._decode_task(self.live.current, "images", thumbnails=False)
+        task = self._decode_task(self.live.current, "images", thumbnails=0)
         await self.decoders.warm_up(task, grey)
         served = self.live.current
         job = Job(served=served, pictures=None, text="warm-up", side=served.matcher.side, k=1)
@@ -205,15 +245,19 @@ class Service:
             why=flag_of(fields, "why"),
             frames=flag_of(fields, "frames"),
             product_id=text_of(fields, "product_id", MAX_ID),
+            content_id=text_of(fields, "content_id", MAX_ID),
+            side=_side_of(fields),
+            rerank=flag_of(fields, "rerank") if fields.get("rerank") not in (None, "") else None,
             video_url=text_of(fields, "video_url", 2000),
         )
         media = [name for name in ("video", "images") if body.files.get(name)]
         media += ["video_url"] if question.video_url else []
         if len(media) > 1:
             raise invalid(media[1], f"give it or {media[0]}, not both")
-        if question.product_id and (media or question.text):
-            raise invalid("product_id", "give it or media and text, not both")
-        if not (media or question.text or question.product_id):
+        ids = [name for name in ("product_id", "content_id") if getattr(question, name)]
+        if len(ids) > 1 or (ids and (media or question.text)):
+            raise invalid(ids[0], "give one id, or media and text, not both")
+        if not (media or question.text or ids):
             raise Refused(
                 422, "invalid field", "nothing to match: give a video, images, text or a product_id"
             )
@@ -223,51 +267,80 @@ class Service:
         self, request: Request, body: Body, question: Question, expected: Expected
     ) -> dict[str, Any]:
         served = self.live.current
-        started = time.perf_counter()
-        decoded = await self._decoded(served, body, thumbnails=question.frames)
-        done_decoding = time.perf_counter()
-        whys: dict[str, dict[str, Any]] = {}
-        if question.product_id is not None:
-            expected.close()
-            hits = await self.matching.apart(
-                search_like, served.matcher, question.product_id, question.k, question.where
-            )
-            encode_s, search_s = 0.0, time.perf_counter() - done_decoding
+        _check_key(served, question)
+        if question.like is None:
+            found = await self._by_query(served, body, question, expected)
         else:
-            encoded, hits, encode_s, search_s = await self._searched(
-                served, decoded, question, expected
-            )
-            if question.why:
-                ids = [hit.product_id for hit in hits]
-                whys = await self.matching.apart(explain, served.matcher, encoded.query, ids)
-        self.metrics.observe_stage("search", search_s)
-        frames = None
-        if question.frames:
-            frames = [_data_uri(jpeg) for jpeg in decoded.thumbnails] if decoded else []
-        milliseconds = {
-            "decode": done_decoding - started,
-            "encode": encode_s,
-            "search": search_s,
-        }
-        num_frames = len(decoded.pixels) if decoded else 0
+            expected.close()
+            found = await self._by_id(served, question.like, question)
+        self.metrics.observe_stage("search", found.search_s)
         request.state.facts = {
             "generation": served.generation,
-            "frames": num_frames,
-            "matches": len(hits),
+            "frames": found.num_frames,
+            "matches": len(found.hits),
         }
-        query: dict[str, Any] = {"text": question.text, "num_frames": num_frames}
+        query: dict[str, Any] = {"text": found.text, "num_frames": found.num_frames}
+        if question.frames:
+            query["frames"] = [_data_uri(jpeg) for jpeg in found.shown]
+        seconds = {"decode": found.decode_s, "encode": found.encode_s, "search": found.search_s}
         return {
-            "query": query | ({} if frames is None else {"frames": frames}),
+            "query": query,
             "matches": [
                 _match(served, place, hit)
-                | ({"why": whys.get(hit.product_id)} if question.why else {})
-                for place, hit in enumerate(hits, 1)
+                | ({"why": found.whys.get(hit.product_id)} if question.why else {})
+                for place, hit in enumerate(found.hits, 1)
             ],
+            "key": served.matcher.index.key,
             "generation": served.generation,
             "index": served.index,
             "request_id": request.state.request_id,
-            "timing_ms": {name: round(1000 * s, 2) for name, s in milliseconds.items()},
+            "timing_ms": {name: round(1000 * s, 2) for name, s in seconds.items()},
         }
+
+    async def _by_query(
+        self, served: Served, body: Body, question: Question, expected: Expected
+    ) -> Found:
+        """What is nearest to media, a text or both."""
+        started = time.perf_counter()
+        side = FRAME_SIDE if question.frames else 0
+        decoded = await self._decoded(served, body, thumbnails=side)
+        decode_s = time.perf_counter() - started
+        encoded, hits, encode_s, search_s = await self._searched(
+            served, decoded, question, expected
+        )
+        whys: dict[str, dict[str, Any]] = {}
+        if question.why:
+            ids = [hit.product_id for hit in hits]
+            whys = await self.matching.apart(explain, served.matcher, encoded.query, ids)
+        return Found(
+            hits=hits,
+            text=question.text,
+            num_frames=len(decoded.pixels) if decoded else 0,
+            shown=decoded.thumbnails if decoded else (),
+            whys=whys,
+            decode_s=decode_s,
+            encode_s=encode_s,
+            search_s=search_s,
+        )
+
+    async def _by_id(self, served: Served, id_: str, question: Question) -> Found:
+        """What is nearest to something that the index holds."""
+        started = time.perf_counter()
+        apart, matcher = self.matching.apart, served.matcher
+        hits = await apart(search_like, matcher, id_, question.k, question.where, question.rerank)
+        search_s = time.perf_counter() - started
+        shown, whys = (), {}
+        if question.frames:
+            shown = await apart(_held_picture, matcher, id_)
+        if question.why:
+            whys = await apart(explain_like, matcher, id_, [hit.product_id for hit in hits])
+        return Found(
+            hits=hits,
+            text=plain_attributes(_attributes(served, id_))[0],
+            shown=shown,
+            whys=whys,
+            search_s=search_s,
+        )
 
     async def _searched(
         self,
@@ -277,13 +350,14 @@ class Service:
         expected: Expected,
     ) -> tuple[Encoded, list[Hit], float, float]:
         """The encoded query, matches, and the seconds of encoding, its wait too, and of searching."""
+        # Filters are other work for each query, and may be slow: not in the encoder's thread.
+        together = question.where is None and question.rerank is None
         job = Job(
             served=served,
             pictures=decoded.pixels if decoded else None,
             text=question.text,
-            side=served.matcher.side,
-            # Filters are other work for each query, and may be slow: not in the encoder's thread.
-            k=question.k if question.where is None else None,
+            side=question.side or served.matcher.side,
+            k=question.k if together else None,
         )
         encoded, waited_s = await self.matching.encode(job, expected)
         self.metrics.observe_stage("queue", waited_s)
@@ -291,13 +365,12 @@ class Service:
         encode_s, hits, search_s = waited_s + encoded.encode_s, encoded.hits, encoded.search_s
         if hits is None:
             started = time.perf_counter()
-            hits = await self.matching.apart(
-                search_where, served.matcher, encoded.query.vector, question.k, question.where
-            )
+            asked = (encoded.query.vector, question.k, question.where, question.rerank)
+            hits = await self.matching.apart(search_apart, served.matcher, *asked)
             search_s = time.perf_counter() - started
         return encoded, hits, encode_s, search_s
 
-    async def _decoded(self, served: Served, body: Body, *, thumbnails: bool) -> Decoded | None:
+    async def _decoded(self, served: Served, body: Body, *, thumbnails: int) -> Decoded | None:
         what: What = "video" if body.files.get("video") else "images"
         files = body.files.get(what, [])
         if not files:
@@ -308,7 +381,7 @@ class Service:
         self.metrics.observe_stage("decode", time.perf_counter() - started)
         return decoded
 
-    def _decode_task(self, served: Served, what: What, *, thumbnails: bool) -> DecodeTask:
+    def _decode_task(self, served: Served, what: What, *, thumbnails: int) -> DecodeTask:
         encoder = served.matcher.encoder
         return DecodeTask(
             what=what,
@@ -344,10 +417,11 @@ class Service:
             data = await self.matching.apart(served.matcher.picture_of, product_id)
         if data is None:
             raise Refused(404, "not found", "there is no picture of such a product here")
-        kind = "image/jpeg" if data.startswith(b"\xff\xd8\xff") else None
-        if kind is None:
-            data, kind = await self.matching.apart(_as_jpeg, data), "image/jpeg"
-        return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=300"})
+        if not data.startswith(_JPEG):
+            data = await self.matching.apart(_as_jpeg, data)
+        return Response(
+            data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=300"}
+        )
 
     async def put_product(self, request: Request) -> Response:
         """Add a product, or replace it."""
@@ -359,7 +433,7 @@ class Service:
                 index = served.matcher.index
                 assert isinstance(index, ProductIndex)
                 row_of(product, index)  # What it refuses is refused before the work.
-                decoded = await self._decoded(served, body, thumbnails=False)
+                decoded = await self._decoded(served, body, thumbnails=PRODUCT_SIDE)
                 job = Job(
                     served=served,
                     pictures=decoded.pixels if decoded else None,
@@ -367,7 +441,9 @@ class Service:
                     side=own_side(served),
                 )
                 encoded, _ = await self.matching.encode(job)
-                arguments = (self.live, self.config.index, served, product, encoded.query.vector)
+                vector = encoded.query.vector
+                picture = decoded.thumbnails[0] if decoded else b""
+                arguments = (self.live, self.config.index, served, product, vector, picture)
                 with suppress(Superseded):
                     return _json(await self.matching.apart(upsert, *arguments))
                 await asyncio.sleep(self.config.watch_s)
@@ -534,7 +610,7 @@ def _add_products(app: FastAPI, service: Service) -> None:
         tags=["products"],
     )
     async def put(request: Request) -> Response:
-        """Add a product, or replace it as a whole. Its pictures are encoded and not kept."""
+        """Add a product, or replace it as a whole. Of its pictures the first is kept, made smaller."""
         return await service.put_product(request)
 
     @app.delete(
@@ -547,15 +623,15 @@ def _add_products(app: FastAPI, service: Service) -> None:
         """Take a product out of the index."""
         return await service.delete_product(request, product_id)
 
-    # Ids may hold slashes.
+    # Ids may hold slashes, and end in what a route could end in.
     @app.get(
-        "/v1/products/{product_id:path}/image",
+        "/v1/images/{product_id:path}",
         responses=errors(401, 404, 503) | {200: {"content": {"image/jpeg": {}}}},
         response_class=Response,
         tags=["products"],
     )
     async def image(product_id: str) -> Response:
-        """A product's first picture, where the shards that the index was built from are still there."""
+        """A product's first picture: as it was put here, or as it is in the index's shards."""
         return await service.image(product_id)
 
     @app.get(
@@ -625,6 +701,25 @@ def _check_head(field: str, head: bytes, number: int) -> None:
     check_kind("video" if field == "video" else "images", head, number)
 
 
+def _side_of(fields: Mapping[str, Any]) -> Side | None:
+    """The side that a query is encoded on, where the request says it."""
+    value = fields.get("side")
+    if value in (None, ""):
+        return None
+    if value not in ("content", "product"):
+        raise invalid("side", "expected content or product")
+    return value
+
+
+def _check_key(served: Served, question: Question) -> None:
+    """Refuse an id under the name that this index has not: an id of a product is not one of a content."""
+    key = served.matcher.index.key
+    for name, given in (("product_id", question.product_id), ("content_id", question.content_id)):
+        if given is not None and name != key:
+            held = "contents" if key == "content_id" else "products"
+            raise invalid(name, f"this index holds {held}; give the {key} of one")
+
+
 def _attributes(served: Served, product_id: str) -> dict[str, Any]:
     try:
         return served.matcher.index.attributes(product_id)
@@ -641,6 +736,11 @@ def _match(served: Served, place: int, hit: Hit) -> dict[str, Any]:
         "attributes": hit.attributes,
         "image": served.image_path(hit.product_id),
     }
+
+
+def _held_picture(matcher: Matcher, id_: str) -> list[bytes]:
+    data = matcher.picture_of(id_)
+    return [data if data.startswith(_JPEG) else _as_jpeg(data)] if data else []
 
 
 def _as_jpeg(data: bytes) -> bytes:

@@ -34,7 +34,8 @@ _NAMES: dict[What, str] = {
     "video": "MP4, MOV, WebM, Matroska, AVI, GIF or WebP",
     "images": "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF",
 }
-_THUMBNAIL = 192
+FRAME_SIDE, PRODUCT_SIDE = 192, 384
+"""Shorter sides of what is shown of a query's frames, and kept of a product's picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class DecodeTask:
     """As in `Preprocess`."""
     max_pixels: int
     max_frames: int
-    thumbnails: bool
-    """Whether small JPEGs of the frames are wanted, too."""
+    thumbnails: int
+    """The shorter side of JPEGs of the frames, in pixels; 0 where none are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,8 @@ def decode(task: DecodeTask) -> Decoded | Unreadable:
         for file in task.files:
             pictures += _read_video(file, task) if task.what == "video" else [read_image(file)]
             place += 1
-        thumbnails = [_thumbnail(picture) for picture in pictures] if task.thumbnails else []
+        shown = pictures if task.thumbnails else []
+        thumbnails = [_thumbnail(picture, task.thumbnails) for picture in shown]
         pixels = np.stack([_prepared(picture, task) for picture in pictures])
         return Decoded(pixels=pixels, thumbnails=tuple(thumbnails))
     except MediaError as error:
@@ -135,9 +137,9 @@ def _check_size(pixels: int, num_frames: int, task: DecodeTask) -> None:
         raise MediaError(f"more than {task.max_frames} frames")
 
 
-def _thumbnail(picture: np.ndarray) -> bytes:
+def _thumbnail(picture: np.ndarray, side: int) -> bytes:
     # A side may be too long for a JPEG where the other is a few pixels.
-    return encode_jpeg(resize_shorter(picture, _THUMBNAIL), 80)
+    return encode_jpeg(resize_shorter(picture, side), 80)
 
 
 class Decoders:

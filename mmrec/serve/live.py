@@ -50,7 +50,7 @@ class Served:
             if len(self.image_paths) >= _KEPT_PATHS:
                 self.image_paths.clear()
             found = self.matcher.has_picture(product_id)
-            path = f"/v1/products/{quote(product_id, safe='')}/image" if found else None
+            path = f"/v1/images/{quote(product_id, safe='')}" if found else None
             self.image_paths[product_id] = path
         return self.image_paths.get(product_id)
 
@@ -128,8 +128,8 @@ class Live:
                 return self._swap()
             with self.changing:
                 index = self.current.matcher.index
-                if isinstance(index, ProductIndex):
-                    index.refresh()
+                if isinstance(index, ProductIndex) and index.refresh():
+                    self.current.image_paths.clear()
             self._failed = None
         except Exception as error:
             # A folder that is being replaced is not there for a moment; a GPU may have no room for two.

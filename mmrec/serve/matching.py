@@ -250,16 +250,25 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def search_where(
-    matcher: Matcher, vector: Float32[np.ndarray, " D"], k: int, where: str | None
+def search_apart(
+    matcher: Matcher,
+    vector: Float32[np.ndarray, " D"],
+    k: int,
+    where: str | None,
+    rerank: bool | None,
 ) -> list[Hit]:
-    """The k best that meet a condition. Raises `Refused` where it cannot be understood."""
+    """The k best that meet a condition, scored again or not.
+
+    Raises `Refused` where the condition cannot be understood, or the index keeps nothing to score by.
+    """
     try:
         if where is not None:
             _refuse_growth(where, matcher.index.schema)
-        result = matcher.index.search(vector[None], k, where=where)
+        result = matcher.index.search(vector[None], k, where=where, rerank=rerank)
     except UserError as error:
-        raise Refused(422, "invalid field", str(error), field="where") from None
+        if str(error).startswith("where"):
+            raise Refused(422, "invalid field", str(error), field="where") from None
+        raise invalid("rerank", str(error)) from None
     return look_up(matcher, [(result.ids[0], result.scores[0])])[0]
 
 
@@ -280,17 +289,20 @@ def _refuse_growth(where: str, schema: pa.Schema) -> None:
             waiting += part
 
 
-def search_like(matcher: Matcher, product_id: str, k: int, where: str | None) -> list[Hit]:
+def search_like(
+    matcher: Matcher, id_: str, k: int, where: str | None, rerank: bool | None
+) -> list[Hit]:
     """The k nearest to something that the index holds, without itself. Raises `Refused`."""
-    if product_id not in matcher.index:
-        raise Refused(404, "not found", "product_id: is not in this index", field="product_id")
+    key = matcher.index.key
+    if id_ not in matcher.index:
+        raise Refused(404, "not found", f"{key}: is not in this index", field=key)
     try:
-        vectors = matcher.index.vectors([product_id])
+        vectors = matcher.index.vectors([id_])
     except UserError as error:
-        raise invalid("product_id", str(error)) from None
+        raise invalid(key, str(error)) from None
     vector = vectors[0] / np.linalg.norm(vectors[0])
-    found = search_where(matcher, vector, k + 1, where)
-    return [hit for hit in found if hit.product_id != product_id][:k]
+    found = search_apart(matcher, vector, k + 1, where, rerank)
+    return [hit for hit in found if hit.product_id != id_][:k]
 
 
 def explain(matcher: Matcher, query: EncodedQuery, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -299,5 +311,13 @@ def explain(matcher: Matcher, query: EncodedQuery, ids: Sequence[str]) -> dict[s
         return {}
     try:
         return {why.product_id: why.to_dict() for why in matcher.why(query, ids)}
+    except UserError:
+        return {}
+
+
+def explain_like(matcher: Matcher, id_: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The same of what is like something that the index holds; none where its shards are not there."""
+    try:
+        return explain(matcher, matcher.encode_held([id_])[0], ids)
     except UserError:
         return {}

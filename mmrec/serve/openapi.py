@@ -55,6 +55,19 @@ _QUERY: dict[str, Any] = {
         "type": "string",
         "description": "What is like this product, instead of media and text.",
     },
+    "content_id": {
+        "type": "string",
+        "description": "What is like this content, where the index is one of contents.",
+    },
+    "side": {
+        "type": "string",
+        "enum": ["content", "product"],
+        "description": "What the query is, where it is not the other side of what the index holds.",
+    },
+    "rerank": {
+        "type": "boolean",
+        "description": "Score matches again by whole vectors, or do not; else as the index was built.",
+    },
     "video_url": {
         "type": "string",
         "description": "A video on a host that the operator allows.",

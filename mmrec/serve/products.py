@@ -48,6 +48,8 @@ def product_of(body: Body, max_text: int) -> Product:
         raise invalid("product_id", "expected an id")
     if any(unicodedata.category(c) == "Cc" for c in product_id):
         raise invalid("product_id", "expected an id without control characters")
+    if product_id in (".", ".."):
+        raise invalid("product_id", "expected an id that an address can end in")
     title = text_of(body.fields, "title", max_text)
     if title is None and not body.files.get("images"):
         raise Refused(
@@ -102,9 +104,14 @@ def _array_of(name: str, value: Any, kind: pa.DataType) -> pa.Array:
 
 
 def upsert(
-    live: Live, folder: Path, served: Served, product: Product, vector: Float32[np.ndarray, " D"]
+    live: Live,
+    folder: Path,
+    served: Served,
+    product: Product,
+    vector: Float32[np.ndarray, " D"],
+    picture: bytes,
 ) -> dict[str, Any]:
-    """Add or replace a product; on the disk when this returns.
+    """Add or replace a product, its picture a JPEG or nothing; on the disk when this returns.
 
     Raises `Refused`, and `Superseded` where the vector is of an encoder that does not answer any more.
     """
@@ -113,7 +120,8 @@ def upsert(
         row = row_of(product, index)
         created = product.product_id not in index
         with index, _told():
-            index.upsert([product.product_id], vector[None], row)
+            index.upsert([product.product_id], vector[None], row, pictures=[picture])
+        served.image_paths.pop(product.product_id, None)
         return {"product_id": product.product_id, "created": created, "products": len(index)}
 
 
@@ -124,6 +132,7 @@ def delete(live: Live, folder: Path, product_id: str) -> dict[str, Any]:
         # With the block's end this process stops being the index's writer: others may change it, too.
         with index, _told():
             deleted = index.delete([product_id]) > 0
+        live.current.image_paths.pop(product_id, None)
         return {"product_id": product_id, "deleted": deleted, "products": len(index)}
 
 

@@ -59,7 +59,7 @@ class MatchItem(BaseModel):
     title: str | None = Field(examples=["NOVA mug, red"])
     attributes: dict[str, Any] = Field(examples=[{"price": 12.5, "available": True}])
     image: str | None = Field(
-        description="Where its picture is, on this host.", examples=["/v1/products/p00017/image"]
+        description="Where its picture is, on this host.", examples=["/v1/images/p00017"]
     )
     why: Explanation | None = Field(
         None, description="With why=true, of queries with media or text."
@@ -89,6 +89,10 @@ class MatchAnswer(BaseModel):
 
     query: QueryEcho
     matches: list[MatchItem]
+    key: str = Field(
+        description="What the ids are: product_id, or content_id in an index of contents.",
+        examples=["product_id"],
+    )
     generation: str = Field(description="The generation of the index that answered.")
     index: str = Field(description="Its fingerprint.")
     request_id: str

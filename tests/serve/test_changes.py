@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from serving import Served, reason_of, service_on
 
 from mmrec import Encoder, Matcher, ProductIndex
+from mmrec.data.media import read_image as pixels
+from mmrec.errors import UserError
 from mmrec.manifest import Parent, relative_path
 from mmrec.model.encoder import EncoderConfig
 
@@ -98,6 +101,70 @@ def test_products_are_put_and_deleted(own_index: Path) -> None:
             busy = served.http.delete(f"/v1/products/{writer.ids[0]}")
             assert "another process" in reason_of(busy, 409)
         wait_until(lambda: served.http.get("/v1/readyz").json()["products"] == before - 1)
+
+
+def test_an_id_may_end_in_what_a_route_ends_in(own_index: Path) -> None:
+    with service_on(own_index, writable=True) as served:
+        for id_ in ("x", "x/image", "images/x", "x/", "a?b#c%20"):
+            put = served.http.put("/v1/products", json={"product_id": id_, "title": "y"})
+            assert put.status_code == 200
+        for id_ in ("x/image", "x", "images/x", "x/", "a?b#c%20"):
+            address = f"/v1/products/{quote(id_, safe='')}"
+            assert served.http.get(address).json()["product_id"] == id_
+            assert served.http.delete(address).json() | {"products": 0} == {
+                "product_id": id_,
+                "deleted": True,
+                "products": 0,
+            }
+        for id_ in (".", ".."):
+            put = served.http.put("/v1/products", json={"product_id": id_, "title": "y"})
+            assert "an address can end in" in reason_of(put, 422)
+
+
+def test_the_picture_of_a_product_that_was_put_is_kept(own_index: Path, tiny_tables: Path) -> None:
+    photos = sorted((tiny_tables / "media/products").glob("*.jpg"))
+    with service_on(own_index, writable=True, watch_s=0.05) as served:
+
+        def put(id_: str, *pictures: Path) -> None:
+            parts = [("product_id", (None, id_)), ("title", (None, "y"))]
+            files = [("images", (path.name, path.read_bytes())) for path in pictures]
+            assert served.http.put("/v1/products", files=parts + files).status_code == 200
+
+        def picture(id_: str) -> bytes | None:
+            address = served.http.get(f"/v1/products/{quote(id_, safe='')}").json()["image"]
+            if address is None:
+                assert served.http.get(f"/v1/images/{quote(id_, safe='')}").status_code == 404
+                return None
+            answer = served.http.get(address)
+            assert answer.headers["content-type"] == "image/jpeg"
+            return answer.content
+
+        put("a/new one", photos[0], photos[1])
+        kept = picture("a/new one")
+        assert kept
+        difference = pixels(kept).astype(int) - pixels(photos[0].read_bytes())
+        assert np.abs(difference).mean() < 4
+        old = Matcher.load(own_index, device="cpu").index.ids[0]
+        assert picture(old)
+        put(old, photos[1])
+        assert picture(old) not in (None, kept)
+        # What is replaced without a picture has none, whatever the shards know.
+        put(old)
+        assert picture(old) is None
+        # A generation later all is as it was; a notebook sees the same.
+        with ProductIndex.load(own_index, device="cpu") as writer:
+            assert writer.compact()
+        wait_until(lambda: served.http.get("/v1/readyz").json()["generation"] == "000002")
+        assert picture("a/new one") == kept
+        assert picture(old) is None
+        matcher = Matcher.load(own_index, device="cpu")
+        assert matcher.picture_of("a/new one") == kept
+        assert matcher.picture_of(old) is None
+        with pytest.raises(UserError, match="not in the shards"):
+            matcher.match(product_id=old).why(0)
+        served.http.delete("/v1/products/a%2Fnew%20one")
+        put("a/new one")
+        assert picture("a/new one") is None
 
 
 def asked_under_load(served: Served, work: Callable[[], None]) -> list[int]:

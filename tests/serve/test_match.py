@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import Served, service_on
+from serving import Served, reason_of, service_on
 
-from mmrec import Matcher
+from mmrec import Matcher, cli
 from mmrec.data.batches import Preprocess
 from mmrec.errors import UserError
+from mmrec.retrieval.matcher import build_index
 from mmrec.serve.decoding import DecodeTask, decode
 
 
@@ -87,7 +88,7 @@ def test_decoders_prepare_pictures_as_the_encoder_does(
         resize=preprocess.resize,
         max_pixels=10**6,
         max_frames=10,
-        thumbnails=False,
+        thumbnails=0,
     )
     found = decode(task).pixels[0].astype(int)  # pyright: ignore[reportAttributeAccessIssue]
     assert np.abs(found - expected.numpy()).mean() < 1
@@ -140,6 +141,49 @@ def test_batches_give_what_single_queries_give(served: Served, photos: list[byte
         assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert sum(batches) == 25
     assert max(batches) > 1
+
+
+def test_a_side_and_whole_vectors_are_taken_as_the_matcher_takes_them(
+    trained: Path, photos: list[bytes], tmp_path: Path
+) -> None:
+    """On an index of short vectors beside the whole ones."""
+    out = tmp_path / "index"
+    embeddings = trained.parent / "embeddings"
+    build_index(embeddings, out, width=8, rerank=True, report=lambda line: None)
+    encoder = trained / "encoder"
+    matcher = Matcher.load(out, encoder=encoder, device="cpu")
+    with service_on(out, encoder=encoder) as served, Matcher.connect(served.url) as remote:
+        for asked in ({}, {"rerank": False}, {"rerank": True}, {"side": "product"}):
+            found = remote.match(images=photos[:1], title="a mug", k=6, **asked)
+            expected = matcher.match(images=photos[:1], title="a mug", k=6, **asked)
+            scores = [[m.score for m in own] for own in (found, expected)]
+            assert scores[0] == pytest.approx(scores[1], abs=3e-3), asked
+        short, whole = (remote.match(text="a mug", rerank=rerank)[0] for rerank in (False, True))
+        assert abs(short.score - whole.score) > 1e-3
+        assert "content or product" in reason_of(served.upload(text="x", side="video"), 422)
+        assert "true or false" in reason_of(served.upload(text="x", rerank="maybe"), 422)
+
+
+def test_an_index_that_keeps_no_whole_vectors_says_so(served: Served) -> None:
+    answer = served.http.post("/v1/match", json={"text": "x", "rerank": True})
+    assert "keeps no vectors" in reason_of(answer, 422)
+    assert answer.json()["error"]["field"] == "rerank"
+
+
+def test_an_index_of_contents_is_asked_by_content_id(
+    trained: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    cli.embed(encoder=trained / "encoder", shards=tiny_shards, out=tmp_path / "e", split="test")
+    build_index(tmp_path / "e", tmp_path / "index", report=lambda line: None)
+    matcher = Matcher.load(tmp_path / "index", device="cpu")
+    with service_on(tmp_path / "index") as served, Matcher.connect(served.url) as remote:
+        first = matcher.index.ids[0]
+        found = remote.match(content_id=first, k=3)
+        expected = matcher.match(content_id=first, k=3)
+        assert [m.product_id for m in found] == [m.product_id for m in expected]
+        assert found.key == "content_id"
+        with pytest.raises(UserError, match="this index holds contents; give the content_id"):
+            remote.match(product_id=first)
 
 
 def test_products_and_their_pictures(served: Served, matcher: Matcher) -> None:
@@ -199,7 +243,16 @@ def test_the_client_has_the_matchers_methods(
         assert [len(own) for own in lists] == [2, 2]
         assert len(lists[1].frames) == 2
         like = remote.match(product_id=found[0].product_id, k=2)
-        assert found[0].product_id not in [m.product_id for m in like]
+        expected = matcher.match(product_id=found[0].product_id, k=2)
+        assert [m.product_id for m in like] == [m.product_id for m in expected]
+        assert (like.title, like.frames) == (expected.title, expected.frames)
+        assert like.why(1).title_alone == pytest.approx(expected.why(1).title_alone, abs=1e-4)
+        two = remote.match(product_id=[found[0].product_id, found[1].product_id], k=2)
+        assert [m.product_id for m in two[0]] == [m.product_id for m in expected]
+        with pytest.raises(UserError, match="give the product_id"):
+            remote.match(content_id="c")
+        with pytest.raises(UserError, match="not both"):
+            remote.match(product_id="p", content_id="c")
         assert remote.info()["index"]["key"] == "product_id"
         with pytest.raises(UserError, match=r"where.*nonsense"):
             remote.match(text="x", where="nonsense > 1")

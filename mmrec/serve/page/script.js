@@ -262,7 +262,7 @@ function thumbnail(file) {
 
 function formData(question) {
   const form = new FormData();
-  if (question.like) form.append("product_id", question.like.product_id);
+  if (question.like) form.append(info.index?.key ?? "product_id", question.like.product_id);
   const asVideo = question.files.length === 1 && !isPicture(question.files[0]);
   for (const file of question.files) form.append(asVideo ? "video" : "images", file);
   if (question.text) form.append("text", question.text);
