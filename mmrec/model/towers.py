@@ -24,6 +24,7 @@ from torch import nn
 from mmrec.data.batches import Tokenizer
 from mmrec.errors import UserError
 from mmrec.manifest import fingerprint_of
+from mmrec.model.padding import accept_short_titles
 
 _OURS = Path(__file__).parent / "configs"
 
@@ -95,6 +96,7 @@ def build_towers(
             key: told[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in told
         }
     size = pixels["size"]
+    accept_short_titles(model.text)
     return Towers(
         # Convolutions in channels-last order run up to twice as fast, on CPUs and GPUs alike.
         image=model.visual.to(memory_format=torch.channels_last),

@@ -174,8 +174,9 @@ def preprocessed(pictures: Sequence[np.ndarray], preprocess: Preprocess) -> list
 @torch.inference_mode()
 def encode(encoder: Encoder, items: ItemBatch, side: Side, *, width: int) -> list[EncodedQuery]:
     """Run the towers once over a batch of queries."""
+    titles = encoder.title_features_cut(items.tokens[items.text_mask], side)
     items = items.to(encoder.device)
-    frames, titles = encoder.tower_outputs({side: items})[side]
+    frames = encoder.picture_features(items.pictures(), side)
     views = encoder.views_of({side: items}, {side: (frames, titles)})
     vectors = truncate(views, width)[VIEWS[side][0]][0].float().cpu().numpy()
     own_frames = frames.float().cpu().split(items.image_mask.sum(1).tolist())
