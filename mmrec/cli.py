@@ -569,6 +569,9 @@ def serve(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
     A SIGTERM ends it once requests under way are answered. What replaces the index while it runs is taken
     up without a failed request.
     """
+    from mmrec.serve.threads import let_idle_threads_sleep
+
+    let_idle_threads_sleep()
     try:
         from mmrec.serve.server import main as run_service
     except ImportError as error:

@@ -42,7 +42,7 @@ from mmrec.serve.decoding import (
     check_kind,
 )
 from mmrec.serve.fetching import check_url, fetch
-from mmrec.serve.front import Front, answer_refused
+from mmrec.serve.front import Direct, Front, answer_refused
 from mmrec.serve.live import Live, Served
 from mmrec.serve.log import log
 from mmrec.serve.matching import (
@@ -80,6 +80,9 @@ _PAGE_TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
+_MATCH = "/v1/match"
+# Made once: `json.dumps` makes one a call where anything is not as by default.
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _JPEG = b"\xff\xd8\xff"
 _DEFAULT_K = 10
 _TRIES = 3
@@ -524,7 +527,7 @@ class Service:
         )
 
 
-def make_app(service: Service) -> FastAPI:
+def make_app(service: Service) -> Front:
     """The application; it starts and closes the service with itself."""
 
     @asynccontextmanager
@@ -546,14 +549,19 @@ def make_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = service
     _add_matching(app, service)  # Routes are tried in order.
     _add_facts(app, service)
     _add_products(app, service)
     _add_page(app)
     app.add_exception_handler(HTTPException, _refuse_route)
-    app.add_middleware(Front, metrics=service.metrics, token=service.token)
-    return app
+    app.add_exception_handler(Exception, _pass_on)
+    matching = next(route for route in app.routes if getattr(route, "path", "") == _MATCH)
+    return Front(
+        app,
+        metrics=service.metrics,
+        token=service.token,
+        direct={("POST", _MATCH): Direct(matching, service.match)},
+    )
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
@@ -590,7 +598,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 def _add_matching(app: FastAPI, service: Service) -> None:
     @app.post(
-        "/v1/match",
+        _MATCH,
         response_model=schemas.MatchAnswer,
         responses=errors(400, 401, 403, 404, 408, 413, 415, 422, 503),
         openapi_extra=MATCH_BODY,
@@ -664,6 +672,11 @@ def _page_file(name: str) -> Response:
                 headers={"Content-Type": _PAGE_TYPES[path.suffix], "Cache-Control": "no-cache"},
             )
     raise Refused(404, "not found", "there is no such page")
+
+
+async def _pass_on(request: Request, error: Exception) -> Response:
+    """Let what is raised go on to `Front`, where the framework would answer in its own way."""
+    raise error
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
@@ -754,5 +767,4 @@ def _data_uri(jpeg: bytes) -> str:
 
 
 def _json(body: Any, *, status: int = 200) -> Response:
-    data = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(data.encode(), status_code=status, media_type="application/json")
+    return Response(_JSON.encode(body).encode(), status_code=status, media_type="application/json")

@@ -56,6 +56,8 @@ class Batcher(Generic[Job, Answer]):
         self._changed = threading.Condition()
         self._closed = False
         self._company = 0
+        self._wanted = 1
+        """Jobs in the queue that the thread is woken for: being woken for each costs more than its work."""
         self.num_taken = 0
         """Jobs that have left the queue since the start."""
         self._thread = threading.Thread(target=self._run, name="mmrec-encoder", daemon=True)
@@ -75,7 +77,8 @@ class Batcher(Generic[Job, Answer]):
         answer = asyncio.get_running_loop().create_future()
         with self._changed:
             self._queue.append(_Waiting(job, answer, self._size_of(job)))
-            self._changed.notify()
+            if len(self._queue) >= self._wanted:
+                self._changed.notify()
         return answer
 
     def close(self) -> None:
@@ -108,9 +111,11 @@ class Batcher(Generic[Job, Answer]):
         while not self._closed:
             expected = max(self._on_the_way(), self._company)
             left = until - time.perf_counter()
-            if left <= 0 or len(self._queue) >= min(self._max_batch, expected):
-                return
+            self._wanted = min(self._max_batch, expected)
+            if left <= 0 or len(self._queue) >= self._wanted:
+                break
             self._changed.wait(left)
+        self._wanted = 1
 
     def _taken(self) -> list[_Waiting[Job, Answer]]:
         batch, size = [], 0

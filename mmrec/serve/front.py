@@ -4,11 +4,15 @@ import hmac
 import json
 import re
 import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmrec.serve.log import log
@@ -21,27 +25,46 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = ("/", "/openapi.json", "/v1/healthz", "/v1/readyz")
 _PAGE = "/page/"
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 # The page and all else: no other host, nothing inline, and nobody frames it.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    b"connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", _POLICY),
+]
+_NOT_KEPT = (b"cache-control", b"no-store")
+
+
+@dataclass(frozen=True, eq=False)
+class Direct:
+    """A route that is answered without the framework: finding it and its dependencies costs half a query."""
+
+    route: BaseRoute
+    """As the framework knows it, for OpenAPI and the metrics."""
+    answer: Callable[[Request], Awaitable[Response]]
 
 
 class Front:
-    """ASGI middleware around all routes."""
+    """The ASGI application around the framework's: all requests come through here."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, token: str | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        token: str | None,
+        direct: Mapping[tuple[str, str], Direct],
+    ) -> None:
+        """`direct` holds routes by method and path."""
         self._app = app
         self._metrics = metrics
         self._token = None if token is None else token.encode()
-        self.num_in_flight = 0
+        self._direct = direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -58,11 +81,9 @@ class Front:
                 _add_headers(message, request_id)
             await send(message)
 
-        self.num_in_flight += 1
         try:
             await self._answer(scope, receive, send_on, sent)
         finally:
-            self.num_in_flight -= 1
             self._note(scope, sent.get("status", 0), time.perf_counter() - started)
 
     async def _answer(
@@ -70,7 +91,13 @@ class Front:
     ) -> None:
         try:
             self._check_token(scope)
-            await self._app(scope, receive, send)
+            direct = self._direct.get((scope["method"], scope["path"]))
+            if direct is None:
+                await self._app(scope, receive, send)
+            else:
+                scope["route"] = direct.route
+                response = await direct.answer(Request(scope, receive))
+                await response(scope, receive, send)
         except Refused as refused:
             await answer_refused(scope, receive, send, refused)
         except Exception as error:
@@ -127,9 +154,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _add_headers(message: Message, request_id: str) -> None:
-    headers = MutableHeaders(scope=message)
-    headers["X-Request-ID"] = request_id
-    for name, value in _HEADERS.items():
-        headers[name] = value
-    headers["Content-Security-Policy"] = _POLICY
-    headers.setdefault("Cache-Control", "no-store")
+    headers = [*message["headers"], (b"x-request-id", request_id.encode()), *_HEADERS]
+    if not any(name == b"cache-control" for name, _ in headers):
+        headers.append(_NOT_KEPT)
+    message["headers"] = headers

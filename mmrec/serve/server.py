@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmrec.errors import UserError
 from mmrec.serve.app import Service, make_app
 from mmrec.serve.config import ServeConfig, check_config, read_token
 from mmrec.serve.log import log, start_logging
+
+try:  # Parsers and loops in C; they come with the extra, and are not made for every system.
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as _Protocol
+except ImportError:
+    from uvicorn.protocols.http.h11_impl import H11Protocol as _Protocol
 
 _SWITCH_S = 0.0005
 _MAX_HEAD_BYTES = 16 * 1024
@@ -103,27 +107,33 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _http_protocol(timeout_s: float) -> type[H11Protocol]:
-    """HTTP/1.1 in which the head of a request must arrive within a time, too.
+def _http_protocol(timeout_s: float) -> type[Any]:
+    """HTTP/1.1 in which the head of a request must arrive within a time, too, and be of some length at most.
 
     uvicorn waits for ever for the first request of a connection, and for the rest of a head that comes a
-    byte at a time.
+    byte at a time. The parser in C takes heads of any length.
     """
 
-    class Impatient(H11Protocol):
+    class Impatient(_Protocol):
         _head_timer: asyncio.TimerHandle | None = None
         _cycle_seen: Any = None
+        _head_bytes = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._start_timer()
 
         def data_received(self, data: bytes) -> None:
+            cycle = self.cycle
+            if cycle is None or cycle.response_complete or not cycle.more_body:
+                self._head_bytes += len(data)
             super().data_received(data)
             if self.cycle is not self._cycle_seen:
                 # A head is complete; a body has a time of its own.
-                self._cycle_seen = self.cycle
+                self._cycle_seen, self._head_bytes = self.cycle, 0
                 self._stop_timer()
+            elif self._head_bytes > _MAX_HEAD_BYTES:
+                self._give_up()
             elif self.cycle is None or self.cycle.response_complete:
                 self._start_timer()
 
