@@ -213,8 +213,8 @@ def test_facts(served: Served, matcher: Matcher) -> None:
     assert "multipart/form-data" in paths["/v1/match"]["post"]["requestBody"]["content"]
 
 
-def test_metrics_count_requests_batches_and_refusals(served: Served) -> None:
-    served.match(text="one more")
+def test_metrics_count_requests_batches_and_refusals(served: Served, photos: list[bytes]) -> None:
+    assert served.upload(("images", photos[0]), text="one more").status_code == 200
     served.http.post("/v1/match", json={"text": "x", "where": "nonsense ("})
     lines = served.http.get("/metrics").text.splitlines()
     figures = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
