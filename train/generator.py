@@ -386,29 +386,44 @@ def test(
         lists[name] = recommend(generator, data, split, trie, config.test_beams)
         seconds += time.perf_counter() - started
         write_lists(config.out / "lists" / f"{name}.parquet", lists[name], data.sessions, split)
-    val, asked = data.splits["val"], data.splits["test"]
-    of_val = evaluate_recommendations({NAME: lists["val"]}, val, len(data.rows))
+    asked = data.splits["test"]
     systems = {
         "popularity": popularity_scores(asked.train, len(asked.targets), len(data.rows)),
         COUNTS: transition_scores(asked.train, asked.histories, len(data.rows)),
         NAME: lists["test"],
     }
     found = evaluate_recommendations(systems, asked, len(data.rows))
-    users_per_s = sum(len(split.targets) for split in data.splits.values()) / seconds
-    text = "\n".join(
-        [
-            format_table(found),
-            "",
-            f"validation: {format_means(of_val)}",
-            f"{users_per_s:.0f} users/s at {config.test_beams} beams",
-        ]
-    )
-    write_whole(config.out / "table.txt", text + "\n")
-    metrics = found.to_dict() | {"val": of_val.to_dict(), "num_beams": config.test_beams}
-    metrics["users_per_s"] = users_per_s
-    write_whole(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    print(text)
+    of_val = evaluate_recommendations({NAME: lists["val"]}, data.splits["val"], len(data.rows))
+    users = sum(len(split.targets) for split in data.splits.values())
+    report(config, found, of_val, users_per_s=users / seconds)
     return found
+
+
+def report(
+    config: GeneratorTraining, found: Evaluation, of_val: Evaluation, *, users_per_s: float
+) -> None:
+    """Print the table, and write it as table.txt and metrics.json."""
+    lines = [format_table(found), ""]
+    means, intervals = found.difference(NAME, COUNTS)
+    for stratum in means:
+        figures = ", ".join(
+            f"{metric} {means[stratum][metric]:+.4f} ({low:+.4f} to {high:+.4f})"
+            for metric in ("R@10", "N@10")
+            for low, high in [intervals[stratum][metric]]
+        )
+        lines.append(f"{NAME} - {COUNTS}, seen kept, {stratum}, paired: {figures}")
+    lines.append(f"validation, seen kept: {format_means(of_val)}")
+    lines.append(f"{users_per_s:.0f} users/s at {config.test_beams} beams")
+    text = "\n".join(lines)
+    print(text)
+    write_whole(config.out / "table.txt", text + "\n")
+    metrics = found.to_dict() | {
+        "val": of_val.to_dict(),
+        "difference": {"means": means, "intervals": intervals},
+        "num_beams": config.test_beams,
+        "users_per_s": users_per_s,
+    }
+    write_whole(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def format_means(found: Evaluation) -> str:
