@@ -124,7 +124,7 @@ class GeneratorTraining:
     val_contents: Path | None = None
     """The same of the val split, to measure on where there are no sessions."""
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
-    epochs: Count = 40
+    epochs: Count = 20
     """Passes over the training sequences."""
     batch_size: Count = 128
     """Sequences of a step, over all ranks."""
