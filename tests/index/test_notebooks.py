@@ -66,6 +66,12 @@ def outputs(notebook: Any, kind: str) -> list[str]:
     return [output["data"][kind] for output in shown if kind in output.get("data", {})]
 
 
+def test_nothing_is_warned_of(notebooks: dict[str, Any]) -> None:
+    cells = [cell for notebook in notebooks.values() for cell in notebook.cells]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+
+
 def test_the_query_notebook_shows_galleries_reasons_tables_and_a_figure(
     notebooks: dict[str, Any],
 ) -> None:
