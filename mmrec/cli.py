@@ -773,7 +773,12 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> N
     Args:
         shell: The shell.
     """
-    app.cli(prog="mmrec", args=["--tyro-print-completion", shell])
+    from mmrec.completion import completion_script
+
+    def of_tyro() -> None:
+        app.cli(prog="mmrec", args=["--tyro-print-completion", shell])
+
+    print(completion_script(shell, of_tyro), end="")
 
 
 def _matched(counts: "BatchCounts", out: Path) -> tuple[str, dict[str, object]]:

@@ -52,27 +52,46 @@ def test_completion_is_printed(
     shell: str, sign: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mmrec", "completion", shell])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
+    cli.main()
     script = capsys.readouterr().out
     assert sign in script
     assert "recall-target" in script
     assert "completion" in script
 
 
-def test_bash_takes_the_completion(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = (
         "from mmrec import cli; import sys; sys.argv = ['mmrec', 'completion', 'bash']; cli.main()"
     )
     script = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    (tmp_path / "script").write_text(script)
-    asked = f"source {tmp_path}/script && complete -p mmrec"
-    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("complete ")
+    path = tmp_path_factory.mktemp("completion") / "script"
+    path.write_text(script)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("mmrec index bu", "build"),
+        ("mmrec index build --re", "--rerank --recall-target"),
+        ("mmrec search --backend ", "faiss milvus"),
+        # Nothing: readline goes on with files.
+        ("mmrec inspect run", ""),
+        ("mmrec compare runs/a runs/b", ""),
+        ("mmrec search --index run", ""),
+        ("mmrec serve --allow", "--allow-url-host"),
+    ],
+)
+def test_bash_takes_the_completion(line: str, found: str, bash_script: Path) -> None:
+    *words, last = line.split(" ")
+    asked = f"""source {bash_script}; COMP_WORDS=({" ".join(words)} "{last}"); COMP_CWORD={len(words)}
+        _tyro_mmrec; printf '%s' "${{COMPREPLY[*]}} of ${{#COMPREPLY[@]}}"; complete -p mmrec >&2"""
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{found} of {len(found.split())}"
+    assert done.stderr.startswith("complete -o default -F _tyro_mmrec mmrec")
 
 
 class Terminal(io.StringIO):
