@@ -183,7 +183,7 @@ def evaluate_to_folder(config: EvaluationConfig) -> dict[str, Any]:
     metrics["split"] = config.split
     galleries = _galleries(found, config.num_cards)
     page = render_report(
-        title=f"{config.out.name}: matching content to products",
+        title=f"{config.out.resolve().name}: matching content to products",
         facts=_facts(metrics, encoder, run),
         metrics=metrics,
         curves=read_curves(run),

@@ -298,19 +298,25 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_command_prints_a_table_or_json(
-    config: EvaluationConfig, command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: EvaluationConfig,
+    command_line: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base = ["evaluate", "--encoder", config.encoder, "--shards", config.shards, "--out", tmp_path]
+    base = ["evaluate", "--encoder", config.encoder, "--shards", config.shards, "--out"]
     fast = ["--split", "train", "--no-untrained", "--no-baselines", "--quiet"]
-    command_line(*base, *fast, "--index", config.index)
+    command_line(*base, tmp_path, *fast, "--index", config.index)
     done = capsys.readouterr()
     assert done.err == ""
     assert "index Flat: finds 1.0000 of the first 1" in done.out
     assert str(tmp_path / "report.html") in done.out
-    command_line(*base, *fast, "--json", "--slice-by", "price", "--max-values", "1")
+    monkeypatch.chdir(tmp_path)
+    command_line(*base, ".", *fast, "--json", "--slice-by", "price", "--max-values", "1")
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "metrics.json").read_text())
     assert "price: other" in printed["slices"]
+    assert f"<h1>{tmp_path.name}: matching" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("flag", ["--num-cards", "--batch-size", "--max-values"])
