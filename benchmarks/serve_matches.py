@@ -1,20 +1,25 @@
-"""How many queries a second the service answers, against calling encoder and index in a loop; leaks; swaps.
+"""How many queries a second the service answers, against one matcher in a loop; leaks; swaps.
 
     python benchmarks/serve_matches.py            # about eight minutes
-    python benchmarks/serve_matches.py --quick    # about a minute
+    python benchmarks/serve_matches.py --quick    # about a minute and a half
 
-An encoder with random weights and an index of random vectors are made for it: neither speed nor memory asks
+Encoders with random weights and indexes of random vectors are made for it: neither speed nor memory asks
 what was learned. The service runs in a process of its own. 32 clients on connections that are kept ask for
-ten matches each, one request at a time, of a text no other has, or of four JPEGs. The peer is this process:
-the same queries one after another through `Matcher.embed` and `ProductIndex.search`, with nothing sent,
-parsed or looked up. The last line is one JSON object.
+ten matches each, one request at a time, of a text no other has, or of four JPEGs. The peers run in this
+process, between the service's turns: `Matcher.match`, one query after another as a notebook asks, and
+`Matcher.embed` and `ProductIndex.search` alone, with nothing looked up. A ratio is the median over rounds.
+Throughput is measured with the towers of the recipe vit-b-32, and with those of the demo; leaks and swaps
+with the demo's, which answer more requests in the same time. The last line is one JSON object.
 """
 
 import asyncio
+import functools
 import io
+import itertools
 import json
 import os
 import platform
+import random
 import signal
 import socket
 import subprocess
@@ -23,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +46,10 @@ from mmrec.retrieval.matcher import Matcher
 
 CLIENTS, K, PICTURES = 32, 10, 4
 THROUGHPUT_BAR, MEMORY_BAR = 2.0, 1.05
-WORDS = [
-    "red",
-    "blue",
-    "striped",
-    "mug",
-    "lamp",
-    "scarf",
-    "chair",
-    "nova",
-    "puff",
-    "jazz",
-    "echo",
-    "plain",
-    "dotted",
-    "small",
-    "large",
-    "warm",
-]
+LARGE, SMALL = "ViT-B-32", "mmrec-tiny"
+MATCH, BARE = "Matcher.match in a loop", "Matcher.embed and ProductIndex.search in a loop"
+SWAPS = 4
+WORDS = "red blue striped mug lamp scarf chair nova puff jazz echo plain dotted small large warm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +58,27 @@ class ServeMatchesConfig:
 
     quick: bool = False
     """Fewer products and requests."""
-    towers: str = "mmrec-tiny"
-    """The encoder's architecture, of random weights."""
+    towers: tuple[str, ...] = (LARGE, SMALL)
+    """The encoders' architectures, of random weights."""
     device: str = "auto"
-    """auto, cpu or cuda, for the service and its peer."""
+    """auto, cpu or cuda, for the service and its peers."""
+    requests: int | None = None
+    """Requests of the memory test; 20,000, or 2,000 with --quick."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything."""
+
+    products: int
+    rounds: int
+    loop_s: float
+    service_s: float
+    requests: int
+
+
+FULL = Sizes(products=100_000, rounds=5, loop_s=3.0, service_s=6.0, requests=20_000)
+QUICK = Sizes(products=20_000, rounds=2, loop_s=1.5, service_s=3.0, requests=2_000)
 
 
 @dataclass
@@ -94,28 +102,21 @@ class Load:
 
 def main(config: ServeMatchesConfig) -> None:
     """Measure, and print one JSON object on the last line."""
-    count, seconds, requests = (5_000, 5.0, 2_000) if config.quick else (100_000, 20.0, 20_000)
+    sizes = QUICK if config.quick else FULL
+    sizes = replace(sizes, requests=config.requests or sizes.requests)
     results: list[dict[str, Any]] = []
+    for towers in config.towers:
+        results += throughput(towers, config.device, sizes)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_index(folder / "index", folder / "encoder", config.towers, count, seed=0)
-        peers = in_a_loop(folder / "index", config.device, seconds / 2)
+        make_index(folder / "index", folder / "encoder", SMALL, sizes.products, seed=0)
         with served(folder / "index", config.device, folder / "log") as (port, process):
-            asyncio.run(load(port, text_requests(0), seconds=2.0))  # Everything has run once.
-            for what, make in (("text", text_requests), ("4-image", picture_requests)):
-                found = asyncio.run(load(port, make(1), seconds=seconds))
-                print(f"{what} queries, service: {found.line()}")
-                print(f"{what} queries, loop: {peers[what]:,.1f} a second")
-                if found.failures:
-                    print(f"{len(found.failures)} failed, such as {found.failures[0]}")
-                results.append(above(f"{what} queries", found.rate / peers[what]))
-            results.append(leak(port, process, requests))
-            results += swaps(port, folder, config.towers, count)
+            results.append(leak(port, process, sizes.requests))
+            results += swaps(port, folder, sizes.products)
     machine = (
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {config.towers}, "
-        f"{count:,} products"
+        f"Python {platform.python_version()}, torch {torch.__version__}, {sizes.products:,} products"
     )
     print(json.dumps({"benchmark": "serve_matches", "machine": machine, "results": results}))
 
@@ -152,11 +153,9 @@ def publish(out: Path, encoder: Path, fingerprint: str, width: int, count: int, 
 
 def texts(seed: int) -> Iterator[str]:
     """Titles of eight words, no two alike."""
-    rng = np.random.default_rng(seed)
-    number = 0
-    while True:
-        number += 1
-        yield " ".join([*rng.choice(WORDS, 7), str(number)])
+    rng, words = random.Random(seed), WORDS.split()
+    for number in itertools.count():
+        yield " ".join([*rng.choices(words, k=7), str(number)])
 
 
 def pictures(seed: int) -> Iterator[list[bytes]]:
@@ -203,24 +202,94 @@ def http(kind: str, body: bytes) -> bytes:
 # ------------------------------------------------------------------------------------- the two sides
 
 
-def in_a_loop(index: Path, device: str, seconds: float) -> dict[str, float]:
-    """Queries a second of encoder and index, called one after another in this process."""
-    matcher = Matcher.load(index, device=device)  # pyright: ignore[reportArgumentType]
+def throughput(towers: str, device: str, sizes: Sizes) -> list[dict[str, Any]]:
+    """Ratios of the service's rate to those of its peers, by turns on the same index."""
+    found: dict[str, list[dict[str, float]]] = {"text": [], "4-image": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_index(folder / "index", folder / "encoder", towers, sizes.products, seed=0)
+        matcher = Matcher.load(folder / "index", device=device)  # pyright: ignore[reportArgumentType]
+        print(f"{towers}: {batch_line(matcher)}", flush=True)
+        with served(folder / "index", device, folder / "log") as (port, _):
+            asyncio.run(load(port, text_requests(0), seconds=2.0))  # Everything has run once.
+            for number in range(1, sizes.rounds + 1):
+                for what, rounds in found.items():
+                    rounds.append(one_round(matcher, port, what, sizes, number))
+                    said = ", ".join(f"{name} {value:,.1f}" for name, value in rounds[-1].items())
+                    print(f"{towers}, {what} queries, round {number}: {said}", flush=True)
+    return [
+        ratio_row(f"{towers}, {what} queries", rounds, peer)
+        for what, rounds in found.items()
+        for peer in (MATCH, BARE)
+    ]
 
-    def search(own: Sequence[bytes], text: str | None) -> None:
-        query = matcher.embed(matcher.read(images=own), text)
-        matcher.index.search(query[None], K)
 
-    words, files = texts(2), pictures(2)
-    return {
-        "text": rate(lambda: search([], next(words)), seconds),
-        "4-image": rate(lambda: search(next(files), None), seconds),
+def batch_line(matcher: Matcher) -> str:
+    """What a batch of texts takes of the encoder, beside one alone."""
+    words = texts(0)
+
+    def encode(count: int) -> float:
+        seconds = []
+        for _ in range(5):
+            titles = list(itertools.islice(words, count))
+            started = time.perf_counter()
+            matcher.encode_many([()] * count, titles)
+            seconds.append(time.perf_counter() - started)
+        return float(np.median(seconds)) * 1000
+
+    alone, together = encode(1), encode(CLIENTS)
+    return f"the encoder takes {alone:.1f} ms for a text, {together:.1f} ms for {CLIENTS} together"
+
+
+def one_round(matcher: Matcher, port: int, what: str, sizes: Sizes, seed: int) -> dict[str, float]:
+    """Queries a second of each peer and of the service, and the service's latency in milliseconds."""
+    words, files = texts(seed), pictures(seed)
+    if what == "text":
+        calls = (
+            lambda: matcher.match(text=next(words), k=K),
+            lambda: search(matcher, [], next(words)),
+        )
+    else:
+        calls = (
+            lambda: matcher.match(images=next(files), k=K),
+            lambda: search(matcher, next(files), None),
+        )
+    rates = {
+        peer: rate(call, sizes.loop_s) for peer, call in zip((MATCH, BARE), calls, strict=True)
+    }
+    requests = (text_requests if what == "text" else picture_requests)(seed)
+    found = asyncio.run(load(port, requests, seconds=sizes.service_s))
+    if found.failures:
+        print(f"{len(found.failures)} failed, such as {found.failures[0]}")
+    p50, p99 = np.percentile(found.latencies_s, [50, 99]) * 1000
+    return rates | {"service": found.rate, "p50 ms": p50, "p99 ms": p99}
+
+
+def search(matcher: Matcher, images: Sequence[bytes], text: str | None) -> None:
+    """The encoder and the index, and nothing around them."""
+    query = matcher.embed(matcher.read(images=images), text)
+    matcher.index.search(query[None], K)
+
+
+def ratio_row(what: str, rounds: Sequence[dict[str, float]], peer: str) -> dict[str, Any]:
+    """A result; the bar is one of texts, which batches are for."""
+    ratio = float(np.median([own["service"] / own[peer] for own in rounds]))
+    middle = {name: float(np.median([own[name] for own in rounds])) for name in rounds[0]}
+    row = {"what": what, "peer": peer, "ratio": round(ratio, 2)}
+    if "text" in what:
+        row |= {"bar": THROUGHPUT_BAR, "holds": ratio >= THROUGHPUT_BAR}
+    else:
+        row |= {"bar": None, "holds": None}
+    return row | {
+        "service_per_s": round(middle["service"], 1),
+        "peer_per_s": round(middle[peer], 1),
+        "p99_ms": round(middle["p99 ms"], 1),
     }
 
 
-def rate(work: Callable[[], None], seconds: float) -> float:
+def rate(work: Callable[[], Any], seconds: float) -> float:
     """Calls a second, after a few that do not count."""
-    for _ in range(5):
+    for _ in range(3):
         work()
     started, calls = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
@@ -267,31 +336,83 @@ async def load(
     until: asyncio.Event | None = None,
 ) -> Load:
     """Ask from all clients at once, until the time, the number or the event."""
-    found, started, sent = Load(), time.perf_counter(), 0
+    found, started = Load(), time.perf_counter()
+    numbers = itertools.count()
 
-    async def client() -> None:
-        nonlocal sent
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while sent < most and time.perf_counter() - started < seconds:
-            if until is not None and until.is_set():
-                break
-            sent += 1
-            asked = time.perf_counter()
-            try:
-                writer.write(next(requests))
-                status, body = await answer_from(reader)
-            except (OSError, asyncio.IncompleteReadError) as error:
-                found.failures.append(repr(error))
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                continue
-            found.latencies_s.append(time.perf_counter() - asked)
-            if status != 200:
-                found.failures.append(body.decode()[:300])
-        writer.close()
+    def go_on() -> bool:
+        over = until is not None and until.is_set()
+        return not over and time.perf_counter() - started < seconds and next(numbers) < most
 
-    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    await asyncio.gather(*(client(port, requests, go_on, found) for _ in range(CLIENTS)))
     found.seconds = time.perf_counter() - started
     return found
+
+
+async def client(
+    port: int, requests: Iterator[bytes], go_on: Callable[[], bool], found: Load
+) -> None:
+    """Ask on one connection, and on a new one where that was cut."""
+    loop = asyncio.get_running_loop()
+    while True:
+        over = loop.create_future()
+        _, own = await loop.create_connection(
+            functools.partial(Asking, requests, go_on, found, over), "127.0.0.1", port
+        )
+        if await over:
+            return
+        found.failures.append(f"a connection was closed after {own.num_answers} answers")
+
+
+class Asking(asyncio.Protocol):
+    """Asks again as soon as it is answered; with more Python than this it would be what is measured."""
+
+    transport: asyncio.Transport
+
+    def __init__(
+        self,
+        requests: Iterator[bytes],
+        go_on: Callable[[], bool],
+        found: Load,
+        over: "asyncio.Future[bool]",
+    ) -> None:
+        self._requests, self._go_on, self._found, self._over = requests, go_on, found, over
+        self._received = b""
+        self._asked_at = 0.0
+        self.num_answers = 0
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin."""
+        self.transport = transport
+        self._ask()
+
+    def _ask(self) -> None:
+        if not self._go_on():
+            self._over.set_result(True)
+            self.transport.close()
+            return
+        self._asked_at = time.perf_counter()
+        self.transport.write(next(self._requests))
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come of an answer."""
+        self._received = received = self._received + data
+        end = received.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return
+        at = received[:end].lower().find(b"content-length:") + 15
+        if len(received) < end + int(received[at : received.find(b"\r", at)]):
+            return
+        self._found.latencies_s.append(time.perf_counter() - self._asked_at)
+        if received[9:12] != b"200":
+            self._found.failures.append(received[end:].decode()[:300])
+        self._received = b""
+        self.num_answers += 1
+        self._ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Where that was not the end, somebody else goes on."""
+        if not self._over.done():
+            self._over.set_result(False)
 
 
 async def answer_from(reader: asyncio.StreamReader) -> tuple[int, bytes]:
@@ -317,17 +438,21 @@ def leak(port: int, process: psutil.Process, requests: int) -> dict[str, Any]:
             yield bad
             yield upload
 
-    first = asyncio.run(load(port, mixed(), most=requests // 4))
-    before = resident(process)
-    rest = asyncio.run(load(port, mixed(), most=requests - requests // 4))
-    after = resident(process)
-    unexpected = [f for f in first.failures + rest.failures if '"status": 4' not in f]
-    print(
-        f"memory: {before / 2**20:,.0f} MiB after {requests // 4:,} requests, "
-        f"{after / 2**20:,.0f} MiB after {requests:,}; {len(unexpected)} unexpected answers"
-    )
+    asked = mixed()
+    memory, failures = [], []
+    for quarter in range(1, 5):
+        found = asyncio.run(load(port, asked, most=requests // 4))
+        failures += found.failures
+        memory.append(resident(process))
+        print(
+            f"memory after {quarter * requests // 4:,} requests: {memory[-1] / 2**20:,.1f} MiB "
+            f"({found.line()})",
+            flush=True,
+        )
+    unexpected = [failure for failure in failures if '"status": 4' not in failure]
+    print(f"{len(unexpected)} unexpected answers")
     what = f"memory after {requests:,} requests"
-    return below(what, f"after {requests // 4:,}", after / before, MEMORY_BAR)
+    return below(what, f"after {requests // 4:,}", memory[-1] / memory[0], MEMORY_BAR)
 
 
 def resident(process: psutil.Process) -> int:
@@ -335,32 +460,29 @@ def resident(process: psutil.Process) -> int:
     return sum(own.memory_info().rss for own in (process, *process.children(recursive=True)))
 
 
-def swaps(port: int, folder: Path, towers: str, count: int) -> list[dict[str, Any]]:
+def swaps(port: int, folder: Path, count: int) -> list[dict[str, Any]]:
     """Requests that fail while the index is published anew, and replaced with its encoder, under load."""
-    found, num_swaps = asyncio.run(load_while_swapped(port, folder, towers, count))
-    print(f"{num_swaps} swaps under load: {found.line()}, {len(found.failures)} failed")
+    found, taken = asyncio.run(load_while_swapped(port, folder, count))
+    print(f"{taken} swaps under load: {found.line()}, {len(found.failures)} failed")
     for failure in found.failures[:3]:
         print(f"  {failure}")
+    what = f"failed of {len(found.latencies_s):,} in {taken} swaps"
     return [
-        below(
-            f"failed of {len(found.latencies_s):,} in {num_swaps} swaps",
-            "bar",
-            len(found.failures),
-            0,
-        ),
-        above("swaps taken up", num_swaps / 4, bar=1.0),
+        below(what, "bar", len(found.failures), 0),
+        {"what": "swaps taken up", "peer": "bar", "ratio": taken / SWAPS, "bar": 1.0}
+        | {"holds": taken == SWAPS},
     ]
 
 
-async def load_while_swapped(port: int, folder: Path, towers: str, count: int) -> tuple[Load, int]:
+async def load_while_swapped(port: int, folder: Path, count: int) -> tuple[Load, int]:
     """Two generations, then two indexes of other encoders in the place of this one."""
     over = asyncio.Event()
     loading = asyncio.create_task(load(port, text_requests(4), until=over))
     taken = 0
-    for number in range(1, 5):
+    for number in range(1, SWAPS + 1):
         before = await facts_of(port)
         # In a process of its own: what builds an index is not to slow the clients.
-        await in_a_process(folder, towers, count, number)
+        await in_a_process(folder, count, number)
         if number > 2:
             (folder / "index").rename(folder / f"old-{number}")
             (folder / f"new-{number}").rename(folder / "index")
@@ -369,29 +491,30 @@ async def load_while_swapped(port: int, folder: Path, towers: str, count: int) -
             if await facts_of(port) != before:
                 taken += 1
                 break
+        print(f"swap {number}: {taken} taken up", flush=True)
+    await asyncio.sleep(1.0)
     over.set()
     return await loading, taken
 
 
-async def in_a_process(folder: Path, towers: str, count: int, number: int) -> None:
+async def in_a_process(folder: Path, count: int, number: int) -> None:
     """Publish a generation in place, or make an index beside with another encoder."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import serve_matches as own;"
-        "folder, number, count = Path(sys.argv[2]), int(sys.argv[4]), int(sys.argv[5]);"
-        "own.change(folder, sys.argv[3], count, number)"
+        "own.change(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))"
     )
     here = str(Path(__file__).resolve().parent)
-    arguments = [here, str(folder), towers, str(number), str(count)]
+    arguments = [here, str(folder), str(count), str(number)]
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, *arguments)
     if await process.wait():
         raise SystemExit("the index could not be published")
 
 
-def change(folder: Path, towers: str, count: int, number: int) -> None:
+def change(folder: Path, count: int, number: int) -> None:
     """What `in_a_process` runs."""
     if number > 2:
         make_index(
-            folder / f"new-{number}", folder / f"encoder-{number}", towers, count, seed=number
+            folder / f"new-{number}", folder / f"encoder-{number}", SMALL, count, seed=number
         )
         return
     encoder = Encoder.load(folder / "encoder")
@@ -407,11 +530,6 @@ async def facts_of(port: int) -> tuple[str, str]:
     writer.close()
     found = json.loads(body)
     return found["generation"], found["index"]
-
-
-def above(what: str, ratio: float, *, bar: float = THROUGHPUT_BAR) -> dict[str, Any]:
-    peer = "encoder and index in a loop" if bar == THROUGHPUT_BAR else "bar"
-    return {"what": what, "peer": peer, "ratio": round(ratio, 2), "bar": bar, "holds": ratio >= bar}
 
 
 def below(what: str, peer: str, ratio: float, bar: float) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _http_protocol(timeout_s: float) -> type[Any]:
     byte at a time. The parser in C takes heads of any length.
     """
 
-    class Impatient(_Protocol):
+    class Impatient(_Protocol):  # pyright: ignore[reportGeneralTypeIssues]
         _head_timer: asyncio.TimerHandle | None = None
         _cycle_seen: Any = None
         _head_bytes = 0

@@ -1,6 +1,7 @@
 """One test a rule: what a request may not do, and that it is told so with a status of the 400s."""
 
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from servers import http_server
 from serving import Served, reason_of, service_on
 
 from mmrec.errors import UserError
+from mmrec.serve import server
 from mmrec.serve.config import ServeConfig, check_config, read_token
+from mmrec.serve.threads import let_idle_threads_sleep
 
 TOKEN = "a-token-of-tests-0123456789"
 
@@ -223,6 +226,36 @@ def test_a_body_that_does_not_come_is_not_waited_for(served: Served) -> None:
     # Nor are heads.
     assert raw(served, b"") == b""
     assert raw(served, b"GET /v1/healthz HTTP/1.1\r\nHost") == b""
+
+
+@pytest.mark.parametrize("parser", ["h11_impl.H11Protocol", "httptools_impl.HttpToolsProtocol"])
+def test_heads_are_limited_whoever_parses_them(
+    parser: str, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = parser.split(".")
+    found = pytest.importorskip(f"uvicorn.protocols.http.{module}", reason=f"{module} is missing")
+    monkeypatch.setattr(server, "_Protocol", getattr(found, name))
+    head, more = b"GET /v1/healthz HTTP/1.1\r\nHost: x\r\n", b"X-More: %s\r\n" % (b"x" * 4000)
+    with service_on(index, idle_timeout_s=1.0) as own:
+        assert b"200 OK" in raw(own, head + 3 * more + b"Connection: close\r\n\r\n")
+        # Two requests in one go are answered one after the other.
+        both = raw(own, head + b"\r\n" + head + b"Connection: close\r\n\r\n")
+        assert both.count(b"200 OK") == 2
+        answer = raw(own, head + 6 * more)
+        assert b"200" not in answer
+        assert b"200" not in raw(own, head)
+        assert own.match(text="goes on")["matches"]
+
+
+def test_idle_threads_sleep_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "x")  # So that it is as before after the test.
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
+    let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "4"
 
 
 def test_a_full_queue_is_said(index: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
