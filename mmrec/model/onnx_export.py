@@ -44,6 +44,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from mmrec.bars import clock
 from mmrec.data.batches import ItemBatch
 from mmrec.errors import UserError
 from mmrec.manifest import (
@@ -80,7 +81,8 @@ def export_onnx(encoder_folder: Path, out: Path, *, overwrite: bool = False) -> 
     differences: dict[str, float] = {}
     with new_folder(out, kind="onnx", overwrite=overwrite, inputs=[encoder_folder]) as folder:
         for side in VIEWS:
-            _export_side(encoder, side, folder / f"{side}.onnx")
+            with clock(f"export {side}.onnx"):
+                _export_side(encoder, side, folder / f"{side}.onnx")
             onnx.checker.check_model(str(folder / f"{side}.onnx"))
             differences[side] = _difference(encoder, side, folder / f"{side}.onnx")
             if not differences[side] <= TOLERANCE:

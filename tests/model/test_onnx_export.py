@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +156,24 @@ def test_an_unfaithful_export_is_refused(
     exported: tuple[Encoder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = exported
+    steps: list[str] = []
+
+    @contextmanager
+    def noted(step: str) -> Iterator[None]:
+        steps.append(step)
+        yield
 
     def copied(_: Encoder, side: str, path: Path) -> None:
         for file in folder.glob(f"{side}.onnx*"):
             shutil.copy(file, path.parent)
 
+    monkeypatch.setattr(onnx_export, "clock", noted)
     monkeypatch.setattr(onnx_export, "_export_side", copied)
     monkeypatch.setattr(onnx_export, "_difference", lambda *_: 0.01)
     with pytest.raises(UserError, match=r"content.onnx differs from torch by 1.0e-02"):
         export_onnx(folder.parent / "encoder", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+    assert steps == ["export content.onnx"]
 
 
 def test_without_the_extra_it_is_named(
