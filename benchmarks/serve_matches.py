@@ -8,6 +8,8 @@ what was learned. The service runs in a process of its own. 32 clients on connec
 ten matches each, one request at a time, of a text no other has, or of four JPEGs. The peers run in this
 process, between the service's turns: `Matcher.match`, one query after another as a notebook asks, and
 `Matcher.embed` and `ProductIndex.search` alone, with nothing looked up. A ratio is the median over rounds.
+Idle threads of torch sleep on both sides, as `mmrec serve` has it; where they spin (OMP_WAIT_POLICY=ACTIVE
+for both), a loop beside other work on the same cores comes to a stop, and a ratio says nothing of batches.
 Throughput is measured with the towers of the recipe vit-b-32, and with those of the demo; leaks and swaps
 with the demo's, which answer more requests in the same time. The last line is one JSON object.
 """
@@ -43,6 +45,7 @@ from mmrec.manifest import Parent, relative_path
 from mmrec.model.encoder import Encoder, EncoderConfig
 from mmrec.retrieval.index import ProductIndex
 from mmrec.retrieval.matcher import Matcher
+from mmrec.serve.threads import let_idle_threads_sleep
 
 CLIENTS, K, PICTURES = 32, 10, 4
 THROUGHPUT_BAR, MEMORY_BAR = 2.0, 1.05
@@ -537,4 +540,8 @@ def below(what: str, peer: str, ratio: float, bar: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # As the service has it, and read when torch is loaded, which has happened.
+        let_idle_threads_sleep()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     main(tyro.cli(ServeMatchesConfig))
