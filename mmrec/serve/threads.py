@@ -2,13 +2,15 @@
 
 import os
 
-# libgomp's, which torch and FAISS compute on, spin between two loops, and OpenBLAS's, which numpy does, for
-# 2^26 cycles after a product, some 20 ms.
-_SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}
+# libgomp's, which torch and FAISS compute on, spin between two loops. OpenBLAS's, which numpy does, spin for
+# 20 ms after a product, and all wait for the one that was given no core: a batch is too small to be shared so.
+_SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def let_idle_threads_sleep() -> None:
     """Have threads that wait for work leave the cores to the event loop, decoders and each other.
+
+    Those of numpy's BLAS cannot, so it has one.
 
     To be called before torch, numpy and FAISS are imported, which read this from the environment; what it
     says already stays.

@@ -251,11 +251,11 @@ def test_idle_threads_sleep_unless_the_environment_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "x")  # So that it is as before after the test.
-    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "x")  # So that it is as before after the test.
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
     let_idle_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "4"
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
 
 
 def test_a_full_queue_is_said(index: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
