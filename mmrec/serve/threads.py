@@ -3,7 +3,7 @@
 import os
 
 # libgomp's, which torch and FAISS compute on, spin between two loops. OpenBLAS's, which numpy does, spin for
-# 20 ms after a product, and all wait for the one that was given no core: a batch is too small to be shared so.
+# 20 ms after a product, and all wait for the one that has no core: a batch is too small to be shared so.
 _SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 
 
