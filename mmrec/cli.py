@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
+from mmrec import __version__
 from mmrec.bars import quiet_if_asked
 from mmrec.errors import UserError
 from mmrec.flags import refused_in_one_line, without_typeguard
@@ -818,6 +819,9 @@ def main() -> None:
     """The entry point of the `mmrec` command."""
     import warnings
 
+    if sys.argv[1:] == ["--version"]:
+        print(f"mmrec {__version__}")
+        return
     # One line each, as errors are.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     run_program(lambda: app.cli(prog="mmrec", description=DESCRIPTION))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def user_seconds(*arguments: str) -> float:
 def test_help_answers_at_once() -> None:
     # The least of a few: another process on the core makes caches cold and the clock coarse.
     assert min(user_seconds("--help") for _ in range(4)) < HELP_S
+
+
+def test_the_version_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmrec", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"mmrec {version('mmrec')}\n"
 
 
 @pytest.mark.parametrize(
