@@ -252,16 +252,17 @@ def read_data(config: GeneratorTraining) -> Data:
             "val": split_sessions(sessions, config.by, "val"),
             "test": split_sessions(sessions, config.by, "test"),
         }
-    contents = read_embeddings(config.contents) if config.contents else None
-    if contents is not None:
-        check_encoders(config, ids, contents)
+    contents, val_contents = (
+        read_contents(ids, config.ids, path) if path else None
+        for path in (config.contents, config.val_contents)
+    )
     return Data(
         ids=ids,
         sessions=sessions,
         rows=id_rows(ids, sessions.product_ids if sessions else []),
         splits=splits,
         contents=contents,
-        val_contents=read_embeddings(config.val_contents) if config.val_contents else None,
+        val_contents=val_contents,
     )
 
 
@@ -310,14 +311,16 @@ def training_batches(
     return batches, counts
 
 
-def check_encoders(config: GeneratorTraining, ids: SemanticIds, contents: Embeddings) -> None:
-    """Refuse contents embedded by another encoder than the IDs were cut from."""
+def read_contents(ids: SemanticIds, ids_path: Path, path: Path) -> Embeddings:
+    """Embeddings of contents, which must be of the encoder that the IDs were cut from."""
+    contents = read_embeddings(path)
     of_ids = ids.manifest.encoder if ids.manifest else None
     if of_ids is not None and contents.manifest.encoder != of_ids:
         raise UserError(
-            f"{config.contents}: was embedded by {contents.manifest.encoder}, and {config.ids} was cut from "
+            f"{path}: was embedded by {contents.manifest.encoder}, and {ids_path} was cut from "
             f"embeddings of {of_ids}; embed contents and catalogue with one encoder"
         )
+    return contents
 
 
 # --- evaluation --------------------------------------------------------------------------------

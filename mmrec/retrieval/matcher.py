@@ -46,7 +46,11 @@ from mmrec.retrieval.out_of_core import build_from_parts, bytes_to_build
 from mmrec.retrieval.parts import Parts, attributes_of, open_parts
 from mmrec.retrieval.queries import (
     EncodedQuery,
+    Ids,
+    PictureLists,
     Query,
+    Videos,
+    Words,
     embed_parts_of,
     encode,
     is_given,
@@ -64,11 +68,6 @@ _READ = 32
 """Queries of a list that are read before they are embedded together."""
 _SEARCHED = 1_024
 """Queries of a list that are searched for together."""
-Videos = list[Source] | list[Source | None] | tuple[Source | None, ...]
-Words = list[str] | list[str | None] | tuple[str | None, ...]
-Ids = list[str] | tuple[str, ...]
-Pictures = Sequence[Source] | None
-PictureLists = list[Pictures] | list[list[Source]] | tuple[Pictures, ...]
 
 
 class Matcher:

@@ -26,6 +26,12 @@ from mmrec.model.encoder import VIEWS, Encoder, Side
 from mmrec.model.widths import truncate
 
 SOURCE = str | Path | bytes
+# Lists of what a query is made of, with None where one has none.
+Videos = list[Source] | list[Source | None] | tuple[Source | None, ...]
+Words = list[str] | list[str | None] | tuple[str | None, ...]
+Ids = list[str] | tuple[str, ...]
+Pictures = Sequence[Source] | None
+PictureLists = list[Pictures] | list[list[Source]] | tuple[Pictures, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import urlsplit
 
 from mmrec.data.sources import Source, local_file
 from mmrec.errors import MediaError, UserError
 from mmrec.model.encoder import Side
 from mmrec.retrieval.matches import Match, Matches, Why
-from mmrec.retrieval.queries import Query, is_given, queries_of
+from mmrec.retrieval.queries import (
+    Ids,
+    PictureLists,
+    Query,
+    Videos,
+    Words,
+    is_given,
+    queries_of,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -59,20 +67,52 @@ class RemoteMatcher:
             headers={"Authorization": f"Bearer {token}"} if token else {},
         )
 
-    def match(
+    @overload
+    def match(  # pyright: ignore[reportOverlappingOverload]
         self,
         *,
-        video: Any = None,
-        images: Any = (),
-        title: Any = None,
-        text: Any = None,
-        product_id: Any = None,
-        content_id: Any = None,
+        video: Source | None = None,
+        images: Sequence[Source] | Source = (),
+        title: str | None = None,
+        text: str | None = None,
+        product_id: str | None = None,
+        content_id: str | None = None,
         k: int = 10,
         where: str | None = None,
         side: Side | None = None,
         rerank: bool | None = None,
-    ) -> Any:
+    ) -> Matches: ...
+
+    @overload
+    def match(
+        self,
+        *,
+        video: Videos | None = None,
+        images: PictureLists | tuple[()] = (),
+        title: Words | None = None,
+        text: Words | None = None,
+        product_id: Ids | None = None,
+        content_id: Ids | None = None,
+        k: int = 10,
+        where: str | None = None,
+        side: Side | None = None,
+        rerank: bool | None = None,
+    ) -> list[Matches]: ...
+
+    def match(
+        self,
+        *,
+        video: Source | Videos | None = None,
+        images: Source | Sequence[Source] | PictureLists = (),
+        title: str | Words | None = None,
+        text: str | Words | None = None,
+        product_id: str | Ids | None = None,
+        content_id: str | Ids | None = None,
+        k: int = 10,
+        where: str | None = None,
+        side: Side | None = None,
+        rerank: bool | None = None,
+    ) -> Matches | list[Matches]:
         """The k nearest to a video, or pictures, with or without words, or words alone, or to a product.
 
         Arguments, lists of them too, and what comes back are those of `Matcher.match`; queries of a list
@@ -81,11 +121,12 @@ class RemoteMatcher:
         """
         asked = {"k": k, "where": where, "rerank": rerank}
         named = {"product_id": product_id, "content_id": content_id}
-        given = [name for name, ids in named.items() if ids is not None]
+        given = [(name, ids) for name, ids in named.items() if ids is not None]
         if given:
+            name, ids = given[0]
             if len(given) > 1 or any(map(is_given, (video, images, title, text))):
-                raise UserError(f"give {given[0]}, or a video, images or text, not both")
-            ids, ask = named[given[0]], partial(self._match_like, given[0], asked)
+                raise UserError(f"give {name}, or a video, images or text, not both")
+            ask = partial(self._match_like, name, asked)
             return ask(ids) if isinstance(ids, str) else self._each(ask, list(ids))
         queries, many = queries_of(video, images, title, text)
         ask = partial(self._match_query, asked | {"side": side})

@@ -213,6 +213,8 @@ def test_contents_lead_to_products(ids: Path, tmp_path: Path, fresh_accelerate: 
     )
     with pytest.raises(UserError, match="was embedded by another"):
         run(tmp_path / "wrong", ids, contents=others)
+    with pytest.raises(UserError, match="others: was embedded by another"):
+        run(tmp_path / "wrong", ids, contents=train, val_contents=others)
     bare = write_embeddings(tmp_path / "bare", names, vectors)
     with pytest.raises(UserError, match="says of no content which products"):
         run(tmp_path / "wrong", ids, contents=bare)

@@ -443,7 +443,7 @@ function photo({ image, place }, title) {
 }
 
 function attributes({ attributes: own, product_id: id }) {
-  const rows = Object.entries(own).filter(([, value]) => value !== null && value !== "");
+  const rows = Object.entries(own).filter(([, value]) => value !== null && shown(value) !== "");
   const list = make("dl", { className: "attributes" });
   for (const [name, value] of [...rows.slice(0, MAX_ATTRIBUTES), ["id", id]]) {
     list.append(make("div", {}, make("dt", {}, name), make("dd", {}, shown(value))));
