@@ -72,8 +72,10 @@ def test_media_give_what_the_matcher_gives(
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 @pytest.mark.parametrize("shape", [(37, 90), (200, 64), (64, 64), (20, 31)])
 def test_decoders_prepare_pictures_as_the_encoder_does(
-    resize: str, shape: tuple[int, int], tmp_path: Path
+    resize: str, shape: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A decoder is a process of its own, which the limit of pixels is set in.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     picture = Image.fromarray(noise).resize(shape, Image.Resampling.BICUBIC)
     picture.save(tmp_path / "p.png")
