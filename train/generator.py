@@ -248,6 +248,7 @@ def read_data(config: GeneratorTraining) -> Data:
     sessions = read_sessions(config.sessions) if config.sessions else None
     splits = {}
     if sessions is not None and config.by is not None:
+        check_held_out(config, ids)
         splits = {
             "val": split_sessions(sessions, config.by, "val"),
             "test": split_sessions(sessions, config.by, "test"),
@@ -309,6 +310,16 @@ def training_batches(
         seed=config.seed,
     )
     return batches, counts
+
+
+def check_held_out(config: GeneratorTraining, ids: SemanticIds) -> None:
+    """Refuse IDs cut from sessions of which other targets were held out: they would have seen ours."""
+    details = ids.manifest.details if ids.manifest else {}
+    if details.get("by", config.by) != config.by:
+        raise UserError(
+            f"{config.ids}: was cut from sessions with targets held out by {details['by']}, and these are by "
+            f"{config.by}; give --by {details['by']}, or cut IDs with --by {config.by}"
+        )
 
 
 def read_contents(ids: SemanticIds, ids_path: Path, path: Path) -> Embeddings:

@@ -115,6 +115,8 @@ def main(config: SemanticIdsProgram) -> Path:
         inputs=inputs,
         files=files,
         counts=counts,
+        # Which sessions the IDs have seen: a generator's targets must not be among them.
+        details={"by": config.by} if config.tables and "sessions" in config.of else {},
         overwrite=config.overwrite,
     )
     print(format_report(report))

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -169,9 +169,10 @@ class SemanticIds:
         inputs: Sequence[Path] = (),
         files: Mapping[str, bytes] | None = None,
         counts: Mapping[str, int] | None = None,
+        details: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> Manifest:
-        """Write the folder; `files` are further ones, by name."""
+        """Write the folder; `files` are further ones, by name, and `details` go to the manifest."""
         fingerprint = self.fingerprint
         manifest = Manifest(
             kind=KIND,
@@ -185,6 +186,7 @@ class SemanticIds:
                 "codebook_size": self.codebook.size,
                 "appended": self.appended,
                 "contents": len(self.content_ids),
+                **(details or {}),
             },
         )
         with new_folder(out, kind=KIND, overwrite=overwrite, inputs=inputs) as folder:

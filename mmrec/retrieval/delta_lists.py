@@ -79,17 +79,15 @@ class DeltaLists:
 
     def _renew(self, queries: np.ndarray, scored: np.ndarray) -> None:
         with self._lock:
+            if self._maker is not None and self._maker.is_alive():
+                return
             self._queries.append(queries[:_KEPT_QUERIES].copy())
-            if sum(map(len, self._queries)) < _NEEDED_QUERIES or self._is_busy():
-                del self._queries[:-_KEPT_QUERIES]
+            if sum(map(len, self._queries)) < _NEEDED_QUERIES:
                 return
             asked, self._queries = np.concatenate(self._queries), []
             self._count = len(scored)
             self._maker = threading.Thread(target=self._make, args=(scored, asked))
             self._maker.start()
-
-    def _is_busy(self) -> bool:
-        return self._maker is not None and self._maker.is_alive()
 
     def _make(self, scored: np.ndarray, queries: np.ndarray) -> None:
         faiss.omp_set_num_threads(1)  # Of this thread; the others go on searching.

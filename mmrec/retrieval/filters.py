@@ -109,8 +109,16 @@ def _parsed(connection: Any, where: str) -> dict[str, Any]:
     (text,) = connection.execute(
         "select json_serialize_sql(?::varchar)", [f"select 1 from products where ({where}\n)"]
     ).fetchall()[0]
-    parsed = json.loads(text)
-    for node in _nodes(parsed):
+    try:
+        parsed = json.loads(text)
+        nodes = list(_nodes(parsed))
+    except RecursionError:
+        raise duckdb.Error("a condition cannot be nested so deeply") from None
+    lambdas = [node for node in nodes if node.get("class") == "LAMBDA"]
+    if any(node in lambdas for own in lambdas for node in list(_nodes(own))[1:]):
+        # Each would multiply what the one around it holds.
+        raise duckdb.Error("a condition cannot hold a lambda within a lambda")
+    for node in nodes:
         if node.get("class") in _REFUSED:
             raise duckdb.Error(f"a condition cannot hold {_REFUSED[node['class']]}")
         name = node.get("function_name") or "+"

@@ -313,7 +313,7 @@ class View:
         """What the base gave, joined by what the delta has that is better."""
         full = found[0].shape[1] == k and bool((found[1][:, -1] >= 0).all())
         lists = None
-        if full and selection is None and self.base.approximate:
+        if full and selection is None and self.base.approximate and self._few_of_delta(k):
             lists = self.delta.lists.over(queries, self.delta.scored)
         if lists is not None:
             listed, late = self._parted(lists)
@@ -326,6 +326,10 @@ class View:
         scores, places = above(queries, late.scored, floors, k)
         rows = np.where(places < 0, -1, late.rows[places]) if scores.shape[1] else places
         return self._with_late(found, (scores, rows), k)
+
+    def _few_of_delta(self, k: int) -> bool:
+        """Whether at most one of k matches should be the delta's: lists are measured by the nearest."""
+        return k * len(self.delta) <= len(self)
 
     def _with_late(
         self, found: tuple[np.ndarray, np.ndarray], late: tuple[np.ndarray, np.ndarray], k: int

@@ -118,6 +118,7 @@ def _http_protocol(timeout_s: float) -> type[Any]:
         _head_timer: asyncio.TimerHandle | None = None
         _cycle_seen: Any = None
         _head_bytes = 0
+        _header_bytes = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -136,6 +137,17 @@ def _http_protocol(timeout_s: float) -> type[Any]:
                 self._give_up()
             elif self.cycle is None or self.cycle.response_complete:
                 self._start_timer()
+
+        def on_message_begin(self) -> None:
+            self._header_bytes = 0
+            super().on_message_begin()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            # Of a head that came at once, and of trailers after a body in chunks, which have no end else.
+            self._header_bytes += len(name) + len(value)
+            if self._header_bytes > _MAX_HEAD_BYTES:
+                raise ValueError("the head is too long")
+            super().on_header(name, value)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()

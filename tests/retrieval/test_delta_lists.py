@@ -8,13 +8,16 @@ from vectors import names, unit_vectors
 
 from mmrec.retrieval.delta_lists import FEWEST_ROWS, Lists, make_lists
 from mmrec.retrieval.index import ProductIndex
+from mmrec.retrieval.view import View
 
 WIDTH, NUM_BASE, NUM_LATE = 16, 400, 2 * FEWEST_ROWS
+FEW = View._few_of_delta
 
 
 @pytest.fixture(params=["HNSW16", "IVF8,Flat"])
-def index(request: pytest.FixtureRequest) -> ProductIndex:
-    """An approximate base, and many times as many products upserted since."""
+def index(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ProductIndex:
+    """An approximate base, and many times as many products upserted since; lists are used all the same."""
+    monkeypatch.setattr(View, "_few_of_delta", lambda view, k: True)
     vectors = unit_vectors(NUM_BASE + NUM_LATE, width=WIDTH)
     ids = names(NUM_BASE + NUM_LATE)
     index = ProductIndex.build(ids[:NUM_BASE], vectors[:NUM_BASE], factory=request.param)
@@ -56,6 +59,20 @@ def test_a_large_delta_is_listed_once_queries_were_asked(index: ProductIndex) ->
     assert lists.count == NUM_LATE
     assert lists.index.nprobe < lists.index.nlist / 4
     assert 0.85 < recall(index, queries) < 1
+
+
+def test_lists_are_for_matches_of_which_few_are_the_deltas(
+    index: ProductIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far lists are probed is measured by the nearest row; for more of them all are compared."""
+    queries = unit_vectors(200, 9, WIDTH)
+    index.search(queries, 10)
+    assert listed(index)
+    assert recall(index, queries) < 1
+    monkeypatch.setattr(View, "_few_of_delta", FEW)
+    assert FEW(index._view, 1)
+    assert not FEW(index._view, 2)
+    assert recall(index, queries) == 1
 
 
 def test_what_came_after_the_lists_is_found_for_certain(index: ProductIndex) -> None:

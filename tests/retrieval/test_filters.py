@@ -268,3 +268,19 @@ def test_types_that_duckdb_does_not_read_are_cast_when_they_come_in():
     )
     for where in ("half < 2", "long = 1.5", "text = 'x'"):
         assert sorted(index.search(vectors[:1], 5, where=where).ids[0]) == ["new", ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("1" + "+1" * 495 + " > 0", "nested so deeply"),
+        ("[" * 480 + "1" + "]" * 480 + " is null", "nested so deeply|nest"),
+        (
+            "len(list_filter(['a' || 'b'], lambda a: len(list_filter([a || a], lambda b: true)) > 0)) > 0",
+            "a lambda within a lambda",
+        ),
+    ],
+)
+def test_what_grows_or_nests_without_end_is_refused(where: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        matching_rows(pa.table({"product_id": ["a"], "title": ["x"]}), where)

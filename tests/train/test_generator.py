@@ -220,6 +220,15 @@ def test_contents_lead_to_products(ids: Path, tmp_path: Path, fresh_accelerate: 
         run(tmp_path / "wrong", ids, contents=bare)
 
 
+def test_ids_that_have_seen_the_targets_are_refused(
+    ids: Path, sessions: Path, tmp_path: Path
+) -> None:
+    seen = tmp_path / "seen"
+    SemanticIds.load(ids).save(seen, details={"by": None})
+    with pytest.raises(UserError, match="targets held out by None"):
+        run(tmp_path / "wrong", seen, sessions=sessions)
+
+
 def test_sessions_of_another_catalogue_are_refused(ids: Path, tmp_path: Path) -> None:
     others = write_folder(tmp_path / "others", [list("xyzw")], list("xyzw"))
     with pytest.raises(UserError, match="they are of another catalogue"):
