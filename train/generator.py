@@ -50,6 +50,7 @@ from mmrec.generative.evaluation import (
     Evaluation,
     RankedProducts,
     evaluate_recommendations,
+    format_differences,
     format_table,
 )
 from mmrec.generative.generated import (
@@ -419,12 +420,7 @@ def report(
     """Print the table, and write it as table.txt and metrics.json."""
     lines = [format_table(found), ""]
     means, intervals = found.difference(NAME, COUNTS)
-    for stratum in means:
-        figures = ", ".join(
-            f"{metric} {means[stratum][metric]:+.4f} ({low:+.4f} to {high:+.4f})"
-            for metric in ("R@10", "N@10")
-            for low, high in [intervals[stratum][metric]]
-        )
+    for stratum, figures in format_differences(means, intervals).items():
         lines.append(f"{NAME} - {COUNTS}, seen kept, {stratum}, paired: {figures}")
     lines.append(f"validation, seen kept: {format_means(of_val)}")
     lines.append(f"{users_per_s:.0f} users/s at {config.test_beams} beams")

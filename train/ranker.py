@@ -44,6 +44,7 @@ from mmrec.generative.evaluation import (
     RankedProducts,
     Scores,
     evaluate_recommendations,
+    format_differences,
     format_table,
 )
 from mmrec.generative.lists import list_shares, read_id_table, read_lists
@@ -273,12 +274,7 @@ def report(
                 "means": means,
                 "intervals": intervals,
             }
-            for stratum in means:
-                figures = ", ".join(
-                    f"{metric} {means[stratum][metric]:+.4f} ({low:+.4f} to {high:+.4f})"
-                    for metric in ("R@10", "N@10")
-                    for low, high in [intervals[stratum][metric]]
-                )
+            for stratum, figures in format_differences(means, intervals).items():
                 lines.append(f"  {ours} - {theirs}, seen {seen}, {stratum}: {figures}")
     top = ", ".join(f"{name} {share:.0%}" for name, share in list(importance.items())[:8])
     lines += ["", f"what the trees go by, in share of gain: {top}"]

@@ -467,6 +467,18 @@ def format_table(evaluation: Evaluation, *, strata: Sequence[str] = STRATA) -> s
     return "\n".join(lines + [_aligned(row, widths) for row in rows])
 
 
+def format_differences(means: Summary, intervals: Intervals) -> dict[str, str]:
+    """R@10 and N@10 of what `Evaluation.difference` found, with their intervals, by stratum."""
+    return {
+        stratum: ", ".join(
+            f"{metric} {means[stratum][metric]:+.4f} ({low:+.4f} to {high:+.4f})"
+            for metric in ("R@10", "N@10")
+            for low, high in [intervals[stratum][metric]]
+        )
+        for stratum in means
+    }
+
+
 def _cells(means: Mapping[str, int | float], sign: str = "") -> list[str]:
     return [f"{means[metric]:{sign}.4f}" for metric in METRIC_NAMES]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32
 
 from mmrec.retrieval.exact import Found
 from mmrec.retrieval.faiss_base import search_selected
@@ -112,13 +112,9 @@ def make_lists(
     nearest = faiss.knn(queries, scored, 1, metric=faiss.METRIC_INNER_PRODUCT)[1]
     for probed in _doublings(_FEWEST_PROBED, num_lists // _MOST_PROBED_SHARE):
         index.nprobe = probed
-        if np.mean(_found(index, queries) == nearest) >= _RECALL:
+        if np.mean(index.search(queries, 1)[1] == nearest) >= _RECALL:
             return Lists(index)
     return None
-
-
-def _found(index: Any, queries: np.ndarray) -> Int64[np.ndarray, "Q 1"]:
-    return index.search(queries, 1)[1]
 
 
 def _doublings(first: int, end: int) -> Sequence[int]:

@@ -115,7 +115,7 @@ def _parsed(connection: Any, where: str) -> dict[str, Any]:
     except RecursionError:
         raise duckdb.Error("a condition cannot be nested so deeply") from None
     lambdas = [node for node in nodes if node.get("class") == "LAMBDA"]
-    if any(node in lambdas for own in lambdas for node in list(_nodes(own))[1:]):
+    if any(sum(node.get("class") == "LAMBDA" for node in _nodes(own)) > 1 for own in lambdas):
         # Each would multiply what the one around it holds.
         raise duckdb.Error("a condition cannot hold a lambda within a lambda")
     for node in nodes:

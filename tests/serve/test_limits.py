@@ -124,6 +124,17 @@ def test_write_routes_are_off(served: Served) -> None:
     assert "--writable" in reason_of(served.http.delete("/v1/products/p0000"), 403)
 
 
+def test_trailers_without_end_close_the_connection(served: Served) -> None:
+    head = f"POST /v1/match HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+    trailer = b"".join(b"X%d: %s\r\n" % (number, b"a" * 1_000) for number in range(1_000))
+    with socket.create_connection(("127.0.0.1", served.port), 10) as connection:
+        connection.sendall(head.encode())
+        # A hundred megabytes, of which sixteen kilobytes are read.
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            connection.sendall(trailer * 100)
+
+
 def test_no_other_origin_is_told_anything(served: Served) -> None:
     answer = served.http.get("/v1/info", headers={"Origin": "https://evil.example"})
     assert not [name for name in answer.headers if name.startswith("access-control")]
