@@ -68,6 +68,26 @@ def test_completion_is_printed(
     assert "completion" in script
 
 
+@pytest.mark.parametrize(("shell", "end"), [("zsh", "\nPYTHON_EOF"), ("fish", '"\n')])
+def test_a_completion_is_one_line_with_its_help(
+    shell: str, end: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmrec", "completion", shell])
+    cli.main()
+    code = capsys.readouterr().out.partition("# Hardcoded completion spec.")[2]
+    code = code.partition("main()" + end)[0] + "main()"
+    if shell == "fish":  # It stands within double quotes there.
+        code = code.replace('\\"', '"').replace("\\\\", "\\")
+    words = ["mmrec", "serve", "--allow-url", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    flag, _, text = done.stdout.rstrip("\n").partition("\t")
+    assert flag == "--allow-url-host"
+    assert "Hosts that" in text and "fetched from otherwise" in text
+    assert len(done.stdout.splitlines()) == 1
+
+
 @pytest.fixture(scope="module")
 def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = (
