@@ -97,8 +97,9 @@ class SpaceMap:
         return (
             f"<div class='{name}'><style>{_style(name, len(self.groups))}</style>"
             f"<div class='legend'>{legend}</div>"
-            f"<div class='field' role='img' aria-label='{spoken}'>{body}</div>"
-            f"<div class='note'>{escape(self.summary)}. Point at a mark to see its picture.</div></div>"
+            f"<div class='field' role='group' aria-label='{spoken}'>{body}</div>"
+            f"<div class='note'>{escape(self.summary)}. Point at a mark, or go to it by Tab, "
+            "to see its picture.</div></div>"
         )
 
 
@@ -274,9 +275,11 @@ def _mark(number: int, x: float, y: float, id_: str, title: str | None, jpeg: by
     towards = ("left" if x < 50 else "right") + (" down" if y < 50 else " up")
     shown = picture(jpeg, "", style=f"max-width:96px;height:{_PICTURE}px") if jpeg else ""
     words = f"{escape(title)}<br>" if title else ""
+    name = escape(f"{title}, {id_}" if title else id_, quote=True)
     return (
-        f"<i class='g{number}' style='left:{x:.2f}%;top:{y:.2f}%'><b class='{towards}' "
-        f"style='display:none'>{shown}<br>{words}<small>{escape(id_)}</small></b></i>"
+        f"<i class='g{number}' tabindex='0' role='img' aria-label='{name}' "
+        f"style='left:{x:.2f}%;top:{y:.2f}%'><b class='{towards}' style='display:none'>{shown}<br>"
+        f"{words}<small>{escape(id_)}</small></b></i>"
     )
 
 
@@ -296,8 +299,8 @@ def _style(name: str, num_groups: int) -> str:
         "color-mix(in srgb,currentColor 25%,transparent);border-radius:6px}"
         f"{own} i{{display:inline-block;width:9px;height:9px;opacity:.8}}"
         f"{own} .field i{{position:absolute;margin:-4px 0 0 -4px}}"
-        f"{own} .field i:hover{{z-index:1;opacity:1;outline:2px solid}}"
-        f"{own} i:hover b{{display:block!important}}"
+        f"{own} .field i:is(:hover,:focus){{z-index:1;opacity:1;outline:2px solid}}"
+        f"{own} i:is(:hover,:focus) b{{display:block!important}}"
         f"{own} b{{position:absolute;width:150px;padding:6px;font:12px/1.35 sans-serif;"
         f"background:{paper};color:{ink};border:1px solid;border-radius:6px;overflow-wrap:anywhere}}"
         f"{own} .left{{left:14px}}{own} .right{{right:14px}}"

@@ -95,7 +95,9 @@ def test_a_map_shows_every_point_inside_its_field() -> None:
     assert [len(places) for places in drawn.places] == [20, 10]
     assert (drawn.method, repr(drawn)[:33]) == ("pca", "map of 20 contents and 10 product")
     page = drawn._repr_html_()
-    marks = re.findall(r"<i class='g(\d)' style='left:([\d.]+)%;top:([\d.]+)%'>", page)
+    # Reached by keyboard, too, and named there.
+    focusable = "tabindex='0' role='img' aria-label='[^']+'"
+    marks = re.findall(rf"<i class='g(\d)' {focusable} style='left:([\d.]+)%;top:([\d.]+)%'>", page)
     assert [kind for kind, _, _ in marks] == ["0"] * 20 + ["1"] * 10
     assert all(0 <= float(x) <= 100 and 0 <= float(y) <= 100 for _, x, y in marks)
     assert "<b>x" not in page
