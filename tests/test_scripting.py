@@ -84,7 +84,8 @@ def test_a_completion_is_one_line_with_its_help(
     )
     flag, _, text = done.stdout.rstrip("\n").partition("\t")
     assert flag == "--allow-url-host"
-    assert "Hosts that" in text and "fetched from otherwise" in text
+    assert "Hosts that" in text
+    assert "fetched from otherwise" in text
     assert len(done.stdout.splitlines()) == 1
 
 

@@ -52,7 +52,8 @@ _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": "false",
     "autoinstall_known_extensions": "false",
     "python_enable_replacements": "false",
-    "memory_limit": "4GB",
+    # A condition is met row by row, and needs little; what asks for more grows what it looks at.
+    "memory_limit": "512MB",
     "lock_configuration": "true",
 }
 

@@ -9,6 +9,7 @@ import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -214,7 +215,7 @@ class RemoteMatcher:
 
         for attempt in range(1, _TRIES + 1):
             try:
-                answer = self._http.request(method, path, **content)
+                answer = self._answer(method, path, **content)
             except httpx.HTTPError as error:
                 raise UserError(
                     f"{self.url}: cannot be reached ({error or type(error).__name__})"
@@ -226,6 +227,14 @@ class RemoteMatcher:
                 raise UserError(f"{self.url}: {_reason(answer)}")
             time.sleep(min(float(pause), _LONGEST_PAUSE_S))
         raise AssertionError
+
+    def _answer(self, method: str, path: str, **content: Any) -> "httpx.Response":
+        """An answer; a request whose connection is lost is sent once more, since all here only read."""
+        import httpx
+
+        with suppress(httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            return self._http.request(method, path, **content)
+        return self._http.request(method, path, **content)
 
 
 def _read(source: Source) -> bytes:

@@ -330,7 +330,8 @@ class Service:
         """What is nearest to something that the index holds."""
         started = time.perf_counter()
         apart, matcher = self.matching.apart, served.matcher
-        hits = await apart(search_like, matcher, id_, question.k, question.where, question.rerank)
+        search = self.matching.threads_of(question.where)
+        hits = await search(search_like, matcher, id_, question.k, question.where, question.rerank)
         search_s = time.perf_counter() - started
         shown, whys = (), {}
         if question.frames:
@@ -369,7 +370,8 @@ class Service:
         if hits is None:
             started = time.perf_counter()
             asked = (encoded.query.vector, question.k, question.where, question.rerank)
-            hits = await self.matching.apart(search_apart, served.matcher, *asked)
+            search = self.matching.threads_of(question.where)
+            hits = await search(search_apart, served.matcher, *asked)
             search_s = time.perf_counter() - started
         return encoded, hits, encode_s, search_s
 
@@ -393,6 +395,7 @@ class Service:
             interpolation=encoder.preprocess.interpolation,
             resize=encoder.preprocess.resize,
             max_pixels=self.config.max_pixels,
+            max_total_pixels=self.config.max_total_pixels,
             max_frames=self.config.max_frames,
             thumbnails=thumbnails,
         )
@@ -516,6 +519,7 @@ class Service:
                     "max_images": config.max_images,
                     "max_bytes": config.max_upload_bytes,
                     "max_pixels": config.max_pixels,
+                    "max_total_pixels": config.max_total_pixels,
                     "max_frames": config.max_frames,
                     "max_text": config.max_text,
                     "max_where": config.max_where,
@@ -561,6 +565,7 @@ def make_app(service: Service) -> Front:
         metrics=service.metrics,
         token=service.token,
         direct={("POST", _MATCH): Direct(matching, service.match)},
+        stopping=lambda: service.stopping,
     )
 
 

@@ -59,6 +59,8 @@ class ServeConfig:
     """Pictures in a request."""
     max_megapixels: Positive = 50.0
     """Width times height of a picture or of a video's frame, in millions."""
+    max_total_megapixels: Positive = 200.0
+    """The same of all pictures of a request together."""
     max_frames: Count = 500_000
     """Frames of a video, by its header; the encoder looks at a few of them."""
     max_k: Count = 100
@@ -90,6 +92,11 @@ class ServeConfig:
     def max_pixels(self) -> int:
         """`max_megapixels` in pixels."""
         return int(self.max_megapixels * 1e6)
+
+    @property
+    def max_total_pixels(self) -> int:
+        """`max_total_megapixels` in pixels."""
+        return int(self.max_total_megapixels * 1e6)
 
 
 def check_config(config: ServeConfig, token: str | None) -> None:

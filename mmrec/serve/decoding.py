@@ -51,6 +51,8 @@ class DecodeTask:
     resize: Literal["shortest", "squash"]
     """As in `Preprocess`."""
     max_pixels: int
+    max_total_pixels: int
+    """Of all pictures together; of a video the encoder says how many frames are looked at."""
     max_frames: int
     thumbnails: int
     """The shorter side of JPEGs of the frames, in pixels; 0 where none are wanted."""
@@ -89,18 +91,27 @@ def check_kind(what: What, head: bytes, place: int) -> None:
 def decode(task: DecodeTask) -> Decoded | Unreadable:
     """Read, check and prepare the media of one request; runs in a decoder process."""
     Image.MAX_IMAGE_PIXELS = task.max_pixels
-    pictures: list[np.ndarray] = []
-    place = 0
+    prepared: list[np.ndarray] = []
+    thumbnails: list[bytes] = []
+    place, left = 0, task.max_total_pixels
     try:
         for file in task.files:
-            pictures += _read_video(file, task) if task.what == "video" else [read_image(file)]
+            if task.what == "video":
+                pictures = _read_video(file, task)
+            else:
+                pictures = [read_image(file)]
+                left -= pictures[0].shape[0] * pictures[0].shape[1]
+                if left < 0:
+                    most = task.max_total_pixels / 1e6
+                    raise MediaError(f"more than {most:g} megapixels with those before it")
+            # What is large goes before the next is read.
+            prepared += [_prepared(picture, task) for picture in pictures]
+            shown = pictures if task.thumbnails else []
+            thumbnails += [_thumbnail(picture, task.thumbnails) for picture in shown]
             place += 1
-        shown = pictures if task.thumbnails else []
-        thumbnails = [_thumbnail(picture, task.thumbnails) for picture in shown]
-        pixels = np.stack([_prepared(picture, task) for picture in pictures])
-        return Decoded(pixels=pixels, thumbnails=tuple(thumbnails))
+        return Decoded(pixels=np.stack(prepared), thumbnails=tuple(thumbnails))
     except MediaError as error:
-        return Unreadable(min(place, len(task.files) - 1), error.reason)
+        return Unreadable(place, error.reason)
 
 
 def _prepared(picture: UInt8[np.ndarray, "H W 3"], task: DecodeTask) -> UInt8[np.ndarray, "3 S S"]:

@@ -4,7 +4,7 @@ import hmac
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -17,13 +17,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmrec.serve.log import log
 from mmrec.serve.metrics import Metrics
-from mmrec.serve.refusals import Refused
+from mmrec.serve.refusals import Refused, busy
 
+Header = tuple[bytes, bytes]
 # An id is a name and no secret; a random one each time costs a call of the system.
 _PROCESS, _NUMBERS = uuid4().hex[:16], count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = ("/", "/openapi.json", "/v1/healthz", "/v1/readyz")
 _PAGE = "/page/"
+CROWDED = "crowded"
+"""In a request's state where its connection is one more than there may be."""
+_NEVER_TOO_MANY = ("/v1/healthz", "/v1/readyz")  # Or a busy service would be taken for a dead one.
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 # The page and all else: no other host, nothing inline, and nobody frames it.
 _POLICY = (
@@ -38,6 +42,7 @@ _HEADERS = [
     (b"content-security-policy", _POLICY),
 ]
 _NOT_KEPT = (b"cache-control", b"no-store")
+_CLOSE = (b"connection", b"close")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +64,14 @@ class Front:
         metrics: Metrics,
         token: str | None,
         direct: Mapping[tuple[str, str], Direct],
+        stopping: Callable[[], bool],
     ) -> None:
-        """`direct` holds routes by method and path."""
+        """`direct` holds routes by method and path; connections are closed once it is `stopping`."""
         self._app = app
         self._metrics = metrics
         self._token = None if token is None else token.encode()
         self._direct = direct
+        self._stopping = stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -78,7 +85,12 @@ class Front:
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 sent["status"] = message["status"]
-                _add_headers(message, request_id)
+                message["headers"] = [
+                    *message["headers"],
+                    *_headers(message["headers"], request_id),
+                ]
+                if self._stopping() or scope["state"].get(CROWDED):
+                    message["headers"].append(_CLOSE)
             await send(message)
 
         try:
@@ -90,6 +102,8 @@ class Front:
         self, scope: Scope, receive: Receive, send: Send, sent: dict[str, int]
     ) -> None:
         try:
+            if scope["state"].get(CROWDED) and scope["path"] not in _NEVER_TOO_MANY:
+                raise busy("too many connections are open")
             self._check_token(scope)
             direct = self._direct.get((scope["method"], scope["path"]))
             if direct is None:
@@ -148,13 +162,30 @@ async def answer_refused(scope: Scope, receive: Receive, send: Send, refused: Re
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
 
+def malformed_answer() -> bytes:
+    """The whole answer to what is not HTTP, which no application sees."""
+    request_id = _next_id()
+    refused = Refused(400, "bad request", "the request is not valid HTTP")
+    body = json.dumps(refused.body(request_id)).encode()
+    own = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        _CLOSE,
+    ]
+    lines = [b"%s: %s" % pair for pair in own + _headers(own, request_id)]
+    return b"\r\n".join([b"HTTP/1.1 400 Bad Request", *lines, b"", body])
+
+
 def _request_id(scope: Scope) -> str:
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS}-{next(_NUMBERS):x}"
+    return given if _REQUEST_ID.fullmatch(given) else _next_id()
 
 
-def _add_headers(message: Message, request_id: str) -> None:
-    headers = [*message["headers"], (b"x-request-id", request_id.encode()), *_HEADERS]
-    if not any(name == b"cache-control" for name, _ in headers):
-        headers.append(_NOT_KEPT)
-    message["headers"] = headers
+def _next_id() -> str:
+    return f"{_PROCESS}-{next(_NUMBERS):x}"
+
+
+def _headers(given: Sequence[Header], request_id: str) -> list[Header]:
+    """What an answer has beside the headers that it is given."""
+    kept = any(name == b"cache-control" for name, _ in given)
+    return [(b"x-request-id", request_id.encode()), *_HEADERS, *([] if kept else [_NOT_KEPT])]

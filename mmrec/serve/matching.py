@@ -6,10 +6,10 @@ Shape letters: Q queries, T frames or pictures, S side of the encoder's input, D
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,11 @@ from mmrec.serve.live import Served
 from mmrec.serve.metrics import Metrics
 from mmrec.serve.refusals import Refused, busy, invalid
 
+Answer = TypeVar("Answer")
+
 _GROWING = ("lpad", "rpad", "replace", "regexp_replace")
-_SEARCHERS = 2
-"""Threads for what is not searched in batches: filters, explanations, what is like a product."""
+_THREADS = 2
+"""For what is not searched in batches, and as many again for conditions."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,12 +69,34 @@ class Encoded:
     search_s: float
 
 
+class Threads:
+    """A few threads for what would hold up the event loop, and a limit on what waits for them."""
+
+    def __init__(self, name: str, max_waiting: int) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"mmrec-{name}")
+        self._name, self._max_waiting, self._waiting = name, max_waiting, 0
+
+    async def __call__(self, work: Callable[..., Answer], *arguments: Any) -> Answer:
+        """Call something slow in one of them. Raises `Refused` when too many wait for one."""
+        if self._waiting >= self._max_waiting:
+            raise busy(f"{self._waiting} requests wait for a {self._name} already")
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pool, work, *arguments)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """End them once what waits is done."""
+        self._pool.shutdown()
+
+
 class Matching:
-    """The encoder's thread and queue, and the threads that search beside it."""
+    """The encoder's thread and queue, and the threads beside it."""
 
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         """Start the threads."""
-        self._max_queue = config.max_queue
         self.num_begun = self.num_without = 0
         # Requests since the start, and those of them that never came to the encoder.
         self.batcher: Batcher[Job, Encoded] = Batcher(
@@ -85,9 +109,10 @@ class Matching:
             on_the_way=self._num_on_the_way,
             observe=metrics.observe_batch,
         )
-        self._searchers = ThreadPoolExecutor(_SEARCHERS, thread_name_prefix="mmrec-search")
-        self.searching = 0
-        """Requests that wait for those threads, or are worked on there."""
+        self.apart = Threads("search", config.max_queue)
+        """For pictures, changes, explanations, and what is like a product."""
+        self.filtered = Threads("filter", config.max_queue)
+        """For conditions: one may take half a minute, which nothing else is to wait for."""
 
     def expect(self) -> "Expected":
         """Say that a request is here which may come to the encoder: a batch waits a little for it."""
@@ -109,18 +134,12 @@ class Matching:
     def close(self) -> None:
         """End the threads once what waits is answered."""
         self.batcher.close()
-        self._searchers.shutdown()
+        self.apart.close()
+        self.filtered.close()
 
-    async def apart(self, work: Any, *arguments: Any) -> Any:
-        """Call something slow in a thread of its own. Raises `Refused` when too many wait for one."""
-        if self.searching >= self._max_queue:
-            raise busy(f"{self.searching} searches wait already")
-        self.searching += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._searchers, work, *arguments)
-        finally:
-            self.searching -= 1
+    def threads_of(self, where: str | None) -> Threads:
+        """The threads that search with this condition, or with none."""
+        return self.apart if where is None else self.filtered
 
 
 class Expected:

@@ -1,7 +1,6 @@
 """Products that requests add, replace or take out."""
 
 import json
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from mmrec.model.encoder import Side
 from mmrec.retrieval.index import ProductIndex
 from mmrec.serve.live import Live, Served, read_token
 from mmrec.serve.refusals import Refused, invalid
-from mmrec.serve.uploads import Body, FieldKind, text_of
+from mmrec.serve.uploads import Body, FieldKind, parse_json, printable, text_of
 
 PRODUCT_FIELDS: dict[str, FieldKind] = {
     "product_id": "text",
@@ -46,10 +45,9 @@ def product_of(body: Body, max_text: int) -> Product:
     product_id = text_of(body.fields, "product_id", MAX_ID)
     if product_id is None:
         raise invalid("product_id", "expected an id")
-    if any(unicodedata.category(c) == "Cc" for c in product_id):
-        raise invalid("product_id", "expected an id without control characters")
-    if product_id in (".", ".."):
-        raise invalid("product_id", "expected an id that an address can end in")
+    if not product_id.isprintable() or not product_id.strip("./"):
+        # Others turn lines around or end them; of dots and slashes clients make another address.
+        raise invalid("product_id", "expected printable characters, and not dots and slashes alone")
     title = text_of(body.fields, "title", max_text)
     if title is None and not body.files.get("images"):
         raise Refused(
@@ -62,7 +60,7 @@ def _attributes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     given = fields.get("attributes")
     if isinstance(given, str):
         try:
-            given = json.loads(given or "{}")
+            given = parse_json(given or "{}")
         except (ValueError, RecursionError):
             raise invalid("attributes", "expected a JSON object") from None
     if given is None:
@@ -86,8 +84,9 @@ def row_of(product: Product, index: ProductIndex) -> pa.Table:
     known = [name for name in schema.names if name not in (index.key, _TITLE)]
     for name, value in product.attributes.items():
         if name not in known:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:40])
-            raise invalid("attributes", f"'{shown}' is not a column; there are {', '.join(known)}")
+            raise invalid(
+                "attributes", f"'{printable(name)}' is not a column; there are {', '.join(known)}"
+            )
         columns[name] = _array_of(name, value, schema.field(name).type)
     # What is not given is null, and not missing: answers have the same attributes for all products.
     columns |= {n: pa.nulls(1, schema.field(n).type) for n in known if n not in columns}
@@ -95,12 +94,16 @@ def row_of(product: Product, index: ProductIndex) -> pa.Table:
 
 
 def _array_of(name: str, value: Any, kind: pa.DataType) -> pa.Array:
-    for convert in (lambda: pa.array([value], kind), lambda: pa.array([value]).cast(kind)):
+    tries = (lambda: pa.array([value], kind), lambda: pa.array([value]).cast(kind))
+    # Arrow would make 1 of true.
+    for convert in tries if pa.types.is_boolean(kind) or not isinstance(value, bool) else ():
         try:
-            return convert()
+            array = convert()
+            json.dumps(array.to_pylist(), allow_nan=False, default=str)  # as an answer will
         except (pa.ArrowException, ValueError, TypeError, OverflowError):
             continue
-    raise invalid("attributes", f"{name}: expected {kind}")
+        return array
+    raise invalid("attributes", f"{name}: expected {kind}, and no NaN or infinity")
 
 
 def upsert(

@@ -162,6 +162,7 @@ class Limits(BaseModel):
     max_images: int
     max_bytes: int
     max_pixels: int
+    max_total_pixels: int
     max_frames: int
     max_text: int
     max_where: int

@@ -12,10 +12,11 @@ import uvicorn
 from mmrec.errors import UserError
 from mmrec.serve.app import Service, make_app
 from mmrec.serve.config import ServeConfig, check_config, read_token
+from mmrec.serve.front import CROWDED, malformed_answer
 from mmrec.serve.log import log, start_logging
 
 try:  # Parsers and loops in C; they come with the extra, and are not made for every system.
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as _Protocol
+    from mmrec.serve.upgrades import PlainHttpTools as _Protocol
 except ImportError:
     from uvicorn.protocols.http.h11_impl import H11Protocol as _Protocol
 
@@ -51,13 +52,12 @@ class Server(uvicorn.Server):
                 make_app(service),
                 host=settings.host,
                 port=settings.port,
-                http=_http_protocol(settings.idle_timeout_s),
+                http=_http_protocol(settings.idle_timeout_s, settings.max_connections),
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=settings.max_connections,
                 timeout_keep_alive=max(1, round(settings.idle_timeout_s)),
                 timeout_graceful_shutdown=max(1, round(settings.stop_timeout_s)),
                 h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
@@ -107,11 +107,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _http_protocol(timeout_s: float) -> type[Any]:
+def _http_protocol(timeout_s: float, max_connections: int) -> type[Any]:
     """HTTP/1.1 in which the head of a request must arrive within a time, too, and be of some length at most.
 
     uvicorn waits for ever for the first request of a connection, and for the rest of a head that comes a
-    byte at a time. The parser in C takes heads of any length.
+    byte at a time. The parser in C takes heads of any length. Connections beyond the most that there may be
+    are marked for `Front` to refuse, and what is not HTTP is answered as it answers.
     """
 
     class Impatient(_Protocol):  # pyright: ignore[reportGeneralTypeIssues]
@@ -122,6 +123,8 @@ def _http_protocol(timeout_s: float) -> type[Any]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                self.app_state = self.app_state | {CROWDED: True}
             self._start_timer()
 
         def data_received(self, data: bytes) -> None:
@@ -161,6 +164,10 @@ def _http_protocol(timeout_s: float) -> type[Any]:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
+
+        def send_400_response(self, msg: str) -> None:
+            self.transport.write(malformed_answer())
+            self.transport.close()
 
         def _give_up(self) -> None:
             self._head_timer = None

@@ -7,6 +7,7 @@ temporary file, and the names that files are sent under are not looked at.
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ async def _read(stream: AsyncIterator[bytes]) -> bytes:
 def _checked_object(data: bytes, kinds: Mapping[str, FieldKind]) -> dict[str, Any]:
     """The fields of a JSON object; files cannot be among them."""
     try:
-        found = json.loads(data.decode(), parse_constant=_refuse_constant)
+        found = parse_json(data.decode())
     except (ValueError, RecursionError):
         raise Refused(400, "bad request", "the body is not JSON") from None
     if not isinstance(found, dict):
@@ -171,16 +172,40 @@ def _checked_object(data: bytes, kinds: Mapping[str, FieldKind]) -> dict[str, An
     return found
 
 
+def parse_json(text: str) -> Any:
+    """What a JSON text holds; NaN and infinities are not JSON.
+
+    Raises `ValueError`, `RecursionError`, and `Refused` where an object has a name twice.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object_of)
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(
+            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
+        )
+        raise Refused(422, "invalid field", f"'{printable(twice)}' is given twice")
+    return found
+
+
+def printable(name: str) -> str:
+    """The beginning of a name that somebody sent, fit for a line of text."""
+    return "".join(c if c.isprintable() else "?" for c in name[:40])
 
 
 def _unknown(name: str, kinds: Mapping[str, FieldKind]) -> Refused:
     if name in kinds:
         return invalid(name, f"expected a file, in a body of type {_MULTIPART}")
-    shown = "".join(c if c.isprintable() else "?" for c in name[:40])
     return Refused(
-        422, "invalid field", f"'{shown}' is not a field; expected some of {', '.join(kinds)}"
+        422,
+        "invalid field",
+        f"'{printable(name)}' is not a field; expected some of {', '.join(kinds)}",
     )
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from servers import http_server
 from serving import Served, reason_of, service_on
 
 from mmrec.errors import UserError
-from mmrec.serve import server
+from mmrec.serve import matching, server
 from mmrec.serve.config import ServeConfig, check_config, read_token
 from mmrec.serve.threads import let_idle_threads_sleep
 
@@ -40,6 +42,7 @@ def served(index: Path, videos: Path) -> Iterator[Served]:
             max_upload_mb=0.25,
             max_images=3,
             max_megapixels=1.0,
+            max_total_megapixels=1.5,
             max_frames=50,
             max_k=20,
             max_text=100,
@@ -186,6 +189,10 @@ def test_k_is_a_whole_number_within_its_limit(served: Served) -> None:
 def test_pixels_and_frames_are_limited(served: Served, videos: Path, tmp_path: Path) -> None:
     assert "image too large" in reason_of(served.upload(("images", png(2100, 1000))), 422)
     assert "image too large" in reason_of(served.upload(("video", png(2100, 1000))), 422)
+    large = ("images", png(1000, 900))
+    assert served.upload(large).status_code == 200
+    together = reason_of(served.upload(large, large), 422)
+    assert together == "images[1]: more than 1.5 megapixels with those before it"
     wide = [Image.new("L", (1100, 1000), n) for n in range(2)]
     wide[0].save(tmp_path / "wide.gif", save_all=True, append_images=wide[1:], duration=20)
     large = (tmp_path / "wide.gif").read_bytes()
@@ -239,13 +246,18 @@ def test_a_body_that_does_not_come_is_not_waited_for(served: Served) -> None:
     assert raw(served, b"GET /v1/healthz HTTP/1.1\r\nHost") == b""
 
 
-@pytest.mark.parametrize("parser", ["h11_impl.H11Protocol", "httptools_impl.HttpToolsProtocol"])
-def test_heads_are_limited_whoever_parses_them(
-    parser: str, index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, name = parser.split(".")
-    found = pytest.importorskip(f"uvicorn.protocols.http.{module}", reason=f"{module} is missing")
+@pytest.fixture(
+    params=["uvicorn.protocols.http.h11_impl H11Protocol", "mmrec.serve.upgrades PlainHttpTools"]
+)
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two that uvicorn may have."""
+    module, name = request.param.split()
+    found = pytest.importorskip(module, reason=f"{module} cannot be imported")
     monkeypatch.setattr(server, "_Protocol", getattr(found, name))
+
+
+@pytest.mark.usefixtures("parser")
+def test_heads_are_limited_whoever_parses_them(index: Path) -> None:
     head, more = b"GET /v1/healthz HTTP/1.1\r\nHost: x\r\n", b"X-More: %s\r\n" % (b"x" * 4000)
     with service_on(index, idle_timeout_s=1.0) as own:
         assert b"200 OK" in raw(own, head + 3 * more + b"Connection: close\r\n\r\n")
@@ -256,6 +268,45 @@ def test_heads_are_limited_whoever_parses_them(
         assert b"200" not in answer
         assert b"200" not in raw(own, head)
         assert own.match(text="goes on")["matches"]
+
+
+@pytest.mark.usefixtures("parser")
+def test_too_many_connections_and_what_is_no_http_are_told_as_all_is(index: Path) -> None:
+    with service_on(index, max_connections=2) as own:
+        head, _, body = raw(own, b"no HTTP\r\n\r\n").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        error = json.loads(body)["error"]
+        assert error["status"] == 400
+        assert f"x-request-id: {error['request_id']}".encode() in head
+        assert b"x-content-type-options: nosniff" in head
+        own.match(text="a connection that is kept")
+        with socket.create_connection(("127.0.0.1", own.port)):
+            answer = httpx.get(f"{own.url}/v1/info")
+            assert "connections" in reason_of(answer, 503)
+            assert answer.headers["connection"] == "close"
+            assert answer.headers["retry-after"] == "1"
+            for path in ("/v1/healthz", "/v1/readyz"):
+                assert httpx.get(own.url + path).status_code == 200
+            assert own.match(text="who was here before is answered")["matches"]
+
+
+@pytest.mark.usefixtures("parser")
+def test_an_offer_of_another_protocol_is_passed_over(index: Path) -> None:
+    offer = b"POST /v1/match HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+    offer += b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+    offer += b"Content-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+    body = b'{"text": "x"}'
+    plain = b"GET /v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with service_on(index, idle_timeout_s=1.0) as own:
+        assert raw(own, offer + body + offer + body + plain).count(b"HTTP/1.1 200 OK") == 3
+        with socket.create_connection(("127.0.0.1", own.port), 10) as connection:
+            for piece in (offer[:60], offer[60:], body[:5], body[5:]):
+                connection.sendall(piece)
+                time.sleep(0.05)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        websocket = plain[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        assert b"200 OK" in raw(own, websocket)
+        assert b" 400 " in raw(own, offer.replace(b"13", b"-1"))
 
 
 def test_idle_threads_sleep_unless_the_environment_says_otherwise(
@@ -276,6 +327,22 @@ def test_a_full_queue_is_said(index: Path, served: Served, monkeypatch: pytest.M
     assert answer.headers["retry-after"] == "1"
     monkeypatch.setattr(served.service.decoders, "_max_waiting", 0)
     assert reason_of(served.upload(("images", png(8, 8))), 503)
+
+
+def test_a_heavy_condition_holds_up_conditions_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(matching, "_refuse_growth", lambda *given: over.wait(30))
+    with ThreadPoolExecutor(4) as threads:
+        heavy = [threads.submit(served.match, text="x", where="price > 0") for _ in range(4)]
+        try:
+            like = served.match(product_id="p0000", why="true")
+            assert served.http.get(like["matches"][0]["image"]).status_code == 200
+            assert not any(answer.done() for answer in heavy)
+        finally:
+            over.set()
+    assert all(answer.result()["matches"] for answer in heavy)
 
 
 # What is opened

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import http_server
 from serving import Served, reason_of, service_on
 
 from mmrec import Matcher, cli
@@ -82,6 +83,7 @@ def test_decoders_prepare_pictures_as_the_encoder_does(
     preprocess = Preprocess(size=32, resize=resize)  # pyright: ignore[reportArgumentType]
     expected = preprocess(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
     task = DecodeTask(
+        max_total_pixels=10**9,
         what="images",
         files=((tmp_path / "p.png").read_bytes(),),
         num_frames=4,
@@ -260,6 +262,14 @@ def test_the_client_has_the_matchers_methods(
             remote.match(text="x", where="nonsense > 1")
         with pytest.raises(UserError, match="file not found"):
             remote.match(video=tmp_path / "none.mp4")
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1/info").write_text("{}")
+    with http_server(tmp_path) as server, Matcher.connect(server.url) as remote:
+        server.cut = 1
+        assert remote.info() == {}
+        server.cut = 2
+        with pytest.raises(UserError, match="cannot be reached"):
+            remote.info()
     with pytest.raises(UserError, match="cannot be reached"):
         Matcher.connect("http://127.0.0.1:9").match(text="x")
     with pytest.raises(UserError, match="expected the URL"):

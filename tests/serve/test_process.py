@@ -46,6 +46,7 @@ def test_it_logs_json_drains_and_exits_with_status_0(index: Path, tmp_path: Path
                 while (ready := http.get("/v1/readyz")).status_code == 200:
                     time.sleep(0.02)
                 assert ready.status_code == 503
+                assert ready.headers["connection"] == "close"
                 assert ready.json()["status"] == "stopping"
                 # Who has not noticed yet is still answered.
                 assert http.post("/v1/match", json={"text": "x"}).status_code == 200
