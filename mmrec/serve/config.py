@@ -71,7 +71,7 @@ class ServeConfig:
     """Characters of a filter."""
 
     max_connections: Count = 512
-    """Open connections; more are answered with status 503."""
+    """Open connections; on more, all but /v1/healthz and /v1/readyz is answered with status 503."""
     idle_timeout_s: Positive = 15.0
     """Seconds in which a request's head must have arrived, and that an idle connection is kept."""
     request_timeout_s: Positive = 60.0

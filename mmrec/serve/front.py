@@ -165,7 +165,8 @@ async def answer_refused(scope: Scope, receive: Receive, send: Send, refused: Re
 def malformed_answer() -> bytes:
     """The whole answer to what is not HTTP, which no application sees."""
     request_id = _next_id()
-    refused = Refused(400, "bad request", "the request is not valid HTTP")
+    log("malformed", request_id=request_id)
+    refused = Refused(400, "bad request", "the request is not HTTP, or its head is too long")
     body = json.dumps(refused.body(request_id)).encode()
     own = [
         (b"content-type", b"application/json"),

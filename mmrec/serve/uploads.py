@@ -7,7 +7,6 @@ temporary file, and the names that files are sent under are not looked at.
 import asyncio
 import json
 import re
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -185,12 +184,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(
-            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
-        )
-        raise Refused(422, "invalid field", f"'{printable(twice)}' is given twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise Refused(422, "invalid field", f"'{printable(name)}' is given twice")
+        found[name] = value
     return found
 
 
