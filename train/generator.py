@@ -535,7 +535,7 @@ def main(config: GeneratorTraining) -> None:
                 f"{counts['contents']:,} contents; {weights:,} weights; {total_steps:,} steps",
                 file=sys.stderr,
             )
-    parents = parents_of(config)
+    parents = parents_of(config, config.out / "generator")
 
     # --- step ----------------------------------------------------------------------------------
     def train_on(batch: SequenceBatch, step: int) -> dict[str, torch.Tensor]:
@@ -661,9 +661,8 @@ def main(config: GeneratorTraining) -> None:
     accelerator.end_training()
 
 
-def parents_of(config: GeneratorTraining) -> list[Parent]:
-    """What a generator is made from, as a folder in the run remembers it."""
-    child = config.out / "generator"
+def parents_of(config: GeneratorTraining, child: Path) -> list[Parent]:
+    """What a generator is made from, as the run or a folder in it remembers it."""
     folders = [config.ids, config.sessions, config.contents]
     return [
         parent_of(child, f) for f in folders if f is not None and (f / "manifest.json").is_file()
@@ -682,7 +681,7 @@ def finish(
             kind="run",
             config=asdict(config),
             counts={"steps": progress.step, **counts},
-            parents=parents_of(config),
+            parents=parents_of(config, config.out),
             fingerprint=fingerprint_of(
                 {"generator": generator.fingerprint, "steps": str(progress.step)}
             ),

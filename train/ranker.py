@@ -111,9 +111,9 @@ def main(config: RankerTraining) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"--embeddings: two folders called {twice}; sources are told by that name")
-    if config.generated is not None:
-        check_held_out(config, config.generated)
     sessions = read_sessions(config.sessions)
+    if config.generated is not None:
+        check_held_out(config, config.generated, sessions)
     val, test = (split_sessions(sessions, config.by, held_out) for held_out in ("val", "test"))
     embeddings = {path.name: vectors_of(path, sessions) for path in config.embeddings}
     num_products = len(sessions.product_ids)
@@ -162,11 +162,18 @@ def main(config: RankerTraining) -> None:
     report(config, found, ranker.importance(), propensities, fit_s=fit_s, rank_s=rank_s)
 
 
-def check_held_out(config: RankerTraining, run: Path) -> None:
-    """Refuse a generator whose targets were held out otherwise: it would have been trained on ours."""
+def check_held_out(config: RankerTraining, run: Path, sessions: Sessions) -> None:
+    """Refuse a generator of other sessions or other targets: it may have been trained on ours."""
     if not (run / FILE_NAME).is_file():
         return  # Lists that another program wrote.
-    by = read_manifest(run, "run").config.get("by")
+    manifest = read_manifest(run, "run")
+    learned = manifest.parent("sessions")
+    if learned is not None and learned.fingerprint != sessions.fingerprint:
+        raise UserError(
+            f"{run}: was trained on sessions {learned.fingerprint}, and {config.sessions} is "
+            f"{sessions.fingerprint}; give --sessions the former, or a generator trained on these"
+        )
+    by = manifest.config.get("by")
     if by != config.by:
         raise UserError(
             f"{run}: its targets were held out by {by}, and these are by {config.by}; give --by {by}, or a "

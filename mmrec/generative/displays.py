@@ -78,21 +78,30 @@ def position_propensities(displays: Displays) -> Float[np.ndarray, " P"]:
 
         propensity(p) = taken at p / taken at 1, of shuffled lists of at least p products
 
-    Raises `UserError` where too little was taken of shuffled lists to tell.
+    Where too little was taken of such lists to tell, a position has the propensity of the one before it.
+    Since positions are looked at less and less that is too much rather than too little: nothing weighs more
+    than is known, at the price of a little bias, as with clipped propensities (Strehl et al. 2010). Raises
+    `UserError` where too little was taken of all shuffled lists together.
     """
     taken, lengths = displays.taken[displays.shuffled], displays.lengths[displays.shuffled]
-    count = np.count_nonzero(taken)
-    if count < _FEWEST_TAKEN or not (taken == 1).any():
+    if not _tells(taken):
         raise UserError(
-            f"{DISPLAYS}: {count} products taken of {len(taken):,} lists in random order, expected "
-            f"{_FEWEST_TAKEN} or more to tell what a position is worth; show more lists shuffled, or give "
-            "--ranker.largest-weight 1 to leave positions out"
+            f"{DISPLAYS}: {np.count_nonzero(taken)} products taken of {len(taken):,} lists in random order, "
+            f"expected {_FEWEST_TAKEN} or more to tell what a position is worth; show more lists shuffled, "
+            "or give --ranker.largest-weight 1 to leave positions out"
         )
     found = np.ones(int(displays.lengths.max()))
     for position in range(2, len(found) + 1):
         own = taken[lengths >= position]
-        found[position - 1] = np.count_nonzero(own == position) / max(np.count_nonzero(own == 1), 1)
+        found[position - 1] = found[position - 2]
+        if _tells(own):
+            found[position - 1] = np.count_nonzero(own == position) / np.count_nonzero(own == 1)
     return found
+
+
+def _tells(taken: Int[np.ndarray, " S"]) -> bool:
+    """Whether enough was taken of shuffled lists to compare their positions with the first."""
+    return bool(np.count_nonzero(taken) >= _FEWEST_TAKEN and (taken == 1).any())
 
 
 def target_weights(

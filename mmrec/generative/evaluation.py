@@ -10,7 +10,7 @@ The rules, which hold for a model and for a baseline alike:
 - Products that the user took before are kept in the ranking and, for a second set of figures, removed.
 
 Figures stand by what a query needs: a transition that training repeats, one that it never shows, or a
-product that it never shows at all.
+product that it never shows at all. Training decides this for every system, one that has seen more included.
 
 Shape letters: Q queries, N catalogue size, K places of a list, L codes of an ID, I different IDs,
 E events of all sequences together.
@@ -312,7 +312,8 @@ class Figures:
     slices: Summary
     intervals: Intervals
     inflated_by: Summary | None
-    """Means over IDs less means over products, of a system that generates IDs; stratum -> metric."""
+    """Means over IDs less means over products, of a system that generates IDs; stratum -> metric. A list of
+    IDs names each once, so its first K reach further than the IDs of the first K products."""
     values: dict[str, Float[np.ndarray, " Q"]]
     """Metric -> value of each query."""
 
@@ -462,9 +463,21 @@ def format_table(evaluation: Evaluation, *, strata: Sequence[str] = STRATA) -> s
                     inflated = _cells(figures.inflated_by[name], sign="+")
                     rows.append(["", "", "  inflated by", "", *inflated, ""])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    title = f"{evaluation.num_queries:,} queries against a catalogue of {evaluation.num_products:,} products"
-    lines = [title, "", _aligned(header, widths), "  ".join("-" * width for width in widths)]
+    lines = [*_legend(evaluation), "", _aligned(header, widths)]
+    lines.append("  ".join("-" * width for width in widths))
     return "\n".join(lines + [_aligned(row, widths) for row in rows])
+
+
+def _legend(evaluation: Evaluation) -> list[str]:
+    """What stands above a table: what was asked, and how its lines are to be read."""
+    lines = [
+        f"{evaluation.num_queries:,} queries against a catalogue of {evaluation.num_products:,} products",
+        "strata: by the training sequences alone, for every system, also one that counted validation",
+    ]
+    found = [figures for by_seen in evaluation.systems.values() for figures in by_seen.values()]
+    if any(figures.inflated_by is not None for figures in found):
+        lines.append("inflated by: what the first K different IDs find beyond the first K products")
+    return lines
 
 
 def format_differences(means: Summary, intervals: Intervals) -> dict[str, str]:

@@ -58,6 +58,21 @@ def test_long_lists_are_compared_with_long_lists() -> None:
     np.testing.assert_allclose(found, [1, 1, 1])
 
 
+def test_a_position_that_nothing_is_known_of_is_worth_the_one_before_it() -> None:
+    """Of lists of three products 99 are taken in random order, and of lists of four none are shuffled."""
+    lengths = np.repeat([2, 3, 4], [600, 99, 50])
+    taken = np.concatenate([np.repeat([1, 2], [400, 200]), np.repeat([1, 3], [60, 39]), [4] * 50])
+    shuffled = lengths < 4
+    found = position_propensities(Displays(lengths=lengths, taken=taken, shuffled=shuffled))
+    np.testing.assert_allclose(found, [1, 200 / 460, 200 / 460, 200 / 460])
+    # One more, and the third has a figure of its own.
+    lengths, taken, shuffled = (
+        np.append(*pair) for pair in ((lengths, 3), (taken, 1), (shuffled, True))
+    )
+    found = position_propensities(Displays(lengths=lengths, taken=taken, shuffled=shuffled))
+    np.testing.assert_allclose(found, [1, 200 / 461, 39 / 61, 39 / 61])
+
+
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
     """Users who come from one product and take one of five from a list, and others who name them apart."""

@@ -1,6 +1,7 @@
 """The hybrid: candidates and features against loops, what it learns, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mmrec.generative.ranker import (
     word_weights,
 )
 from mmrec.generative.sessions import Sessions, leave_one_out, sequences_of, write_sessions
-from mmrec.manifest import Manifest, read_manifest, write_manifest
+from mmrec.manifest import Manifest, Parent, read_manifest, write_manifest
 
 NUM_PRODUCTS = 60
 CONFIG = RankerConfig(candidates=20, rounds=30, leaves=7, leaf_rows=20, threads=1)
@@ -326,8 +327,11 @@ def shop(sessions: Sessions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     led = [[item] for item in sessions.product_ids]
     write_embeddings(folder / "contents", names, near, product_ids=led)
     run = Manifest(kind="run", config={"by": "leave-one-out"}, counts={}, fingerprint="run")
-    (folder / "generator").mkdir()
+    for name in ("generator", "of other sessions"):
+        (folder / name).mkdir()
     write_manifest(folder / "generator", run)
+    other = Parent(kind="sessions", fingerprint="others", path="../others")
+    write_manifest(folder / "of other sessions", replace(run, parents=[other]))
     write_embeddings(folder / "others", names, near, product_ids=led, encoder="another")
     return folder
 
@@ -364,6 +368,7 @@ def test_the_program_takes_what_was_watched_and_weighs_positions(
             {"generated": "generator", "by": "time"},
             "held out by leave-one-out, and these are by time",
         ),
+        ({"generated": "of other sessions"}, "was trained on sessions others, and "),
         ({"generated": "run"}, "run/lists/val.parquet: expected Parquet with user_id"),
         ({"ids": "ids"}, "give --generated, too"),
     ],

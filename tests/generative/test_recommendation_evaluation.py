@@ -220,6 +220,8 @@ def test_a_table_names_every_system_and_stratum() -> None:
     found = evaluate_recommendations({"counts": scores, "generator": ranked}, split, 30)
     text = format_table(found)
     assert "40 queries against a catalogue of 30 products" in text
+    assert "strata: by the training sequences alone" in text
+    assert "beyond the first K products" in text
     for word in ("counts", "generator", "removed", "cold product", "inflated by", *METRIC_NAMES):
         assert word in text
     inflated = found.systems["generator"]["kept"].inflated_by

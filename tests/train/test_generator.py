@@ -23,7 +23,7 @@ from mmrec.generative.generator import Generator, GeneratorConfig
 from mmrec.generative.semantic_ids import SemanticIdConfig, SemanticIds, build_ids
 from mmrec.generative.sequences import SequenceBatches
 from mmrec.generative.sessions import read_sessions, time_split, write_sessions
-from mmrec.manifest import Parent, read_manifest
+from mmrec.manifest import Parent, find_parent, read_manifest
 
 NAMES = [f"p{row}" for row in range(24)]
 MODEL = GeneratorConfig(width=32, layers=1, heads=2, inner=48, dropout=0.0, max_items=5)
@@ -123,6 +123,7 @@ def test_it_learns_what_follows_what(
     manifest = read_manifest(out / "generator", "generator")
     assert manifest.parent("semantic_ids") is not None
     assert read_manifest(out, "run").counts["unknown_items"] == 2
+    assert all(find_parent(folder, "sessions") == sessions for folder in (out, out / "generator"))
     assert Generator.load(out / "generator").root == SemanticIds.load(ids).fingerprint
 
     # Measured again, from the run's own config, it finds the same.
