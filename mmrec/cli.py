@@ -726,6 +726,8 @@ def recommend(
 ) -> None:
     """Generate the products that a history, a content, or both lead to.
 
+    Training shows a generator histories and contents apart, so how both act together is not learned.
+
     Args:
         generator: A run of train/generator.py.
         history: Ids of products, oldest first; unknown ones are left out and counted.

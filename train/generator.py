@@ -121,7 +121,8 @@ class GeneratorTraining:
     by: SplitBy | None = "leave-one-out"
     """How targets of sessions are held out; None learns from all that there is, and measures nothing."""
     contents: Path | None = None
-    """Embeddings of training contents, with the products that they lead to."""
+    """Embeddings of training contents, with the products that they lead to. Beside sessions they are
+    sequences of their own: none has both a content and a history."""
     val_contents: Path | None = None
     """The same of the val split, to measure on where there are no sessions."""
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
