@@ -761,7 +761,7 @@ def recommend(
         print(dumps(found.to_dict(), ensure_ascii=False))
         return
     if found.unknown_items:
-        print(f"{found.unknown_items} products of the history have no ID and were left out")
+        print(f"products of the history without an ID, left out: {found.unknown_items}")
     for place, one in enumerate(found, 1):
         print(f"{place:3}  {one.score:8.3f}  {one_line(one.product_id)}")
 

@@ -449,6 +449,7 @@ def evaluate_again(config: GeneratorTraining) -> None:
     if not accelerator.is_main_process:
         return
     data = read_data(config)
+    check_targets(config, data)
     generator = Generator.load(config.out / "generator", device=str(accelerator.device))
     check_ids(generator, data.ids, str(config.ids))
     trie = build_trie(data.ids.codes, device=accelerator.device)
@@ -457,6 +458,21 @@ def evaluate_again(config: GeneratorTraining) -> None:
         if not means:
             raise UserError("nothing to measure on: give --sessions, or --val-contents")
         print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
+
+
+def check_targets(config: GeneratorTraining, data: Data) -> None:
+    """Refuse to measure on sessions or targets that training did not hold out: it may have learned them."""
+    if data.sessions is None:
+        return
+    earlier = read_config(config.out / "config.json", GeneratorTraining)
+    if earlier.by != config.by:
+        raise UserError(f"{config.out}: held out targets by {earlier.by}; give --by {earlier.by}")
+    learned = read_manifest(config.out / "generator", "generator").parent("sessions")
+    if learned is not None and learned.fingerprint != data.sessions.fingerprint:
+        raise UserError(
+            f"{config.out}: was trained on sessions {learned.fingerprint}, and {config.sessions} is "
+            f"{data.sessions.fingerprint}; give --sessions the former"
+        )
 
 
 # --- training ----------------------------------------------------------------------------------

@@ -284,7 +284,8 @@ def report(
             for stratum, figures in format_differences(means, intervals).items():
                 lines.append(f"  {ours} - {theirs}, seen {seen}, {stratum}: {figures}")
     top = ", ".join(f"{name} {share:.0%}" for name, share in list(importance.items())[:8])
-    lines += ["", f"what the trees go by, in share of gain: {top}"]
+    lines += ["", f"transition counts are features of {HYBRID} and of {HYBRID_ANEW}"]
+    lines.append(f"what the trees go by, in share of gain: {top}")
     if propensities:
         shown = " ".join(f"{chance:.2f}" for chance in propensities)
         lines.append(f"how likely positions of a list are to be looked at, as weighed for: {shown}")

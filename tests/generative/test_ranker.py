@@ -290,6 +290,7 @@ def test_the_program_measures_with_a_generator(
     assert "unknown product id: 499" in text
     assert "user without a list: 1" in text
     assert "inflated by" in text
+    assert "transition counts are features of hybrid" in text
     assert "hybrid - transition counts, seen kept, all: R@10 +" in text
     assert Ranker.load(tmp_path / "out/ranker").proposers == ("generator",)
 

@@ -145,7 +145,7 @@ def test_the_command_prints_json(
     assert sorted(names) == sorted(set(NAMES) - {"p0", "p5"})
     cli.recommend(generator=folder / "generator", history=("p1", "z"), k=2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 products of the history")
+    assert lines[0] == "products of the history without an ID, left out: 1"
     assert [line.split()[-1] for line in lines[1:]] == ids_of(recommender.recommend(["p1"], k=2))
 
 

@@ -136,6 +136,16 @@ def test_it_learns_what_follows_what(
     assert (out / "lists/val.parquet").is_file()
     assert not list((out / "generator").glob("*.tmp"))
 
+    # Other targets than those held out, or other sessions, may be what it learned.
+    others = write_folder(tmp_path / "others", [NAMES[:8]] * 24, NAMES)
+    for flags, complaint in (
+        (["--by", "time"], "held out targets by leave-one-out"),
+        (["--sessions", str(others)], "was trained on sessions"),
+    ):
+        reset_accelerate()
+        with pytest.raises(UserError, match=complaint):
+            program.main(program.parse([str(out / "config.json"), "--evaluate-only", *flags]))
+
 
 def test_a_time_split_learns_nothing_later_than_a_query(
     ids: Path, tmp_path: Path, fresh_accelerate: None
