@@ -5,10 +5,12 @@ Shape letters: Q queries, M rows of the delta, G rows in the lists, K matches, I
 A delta is compared row by row, which finds what is new for certain. Beside a graph of a million products
 ten thousand rows so compared are half as much work as the graph itself. So the older rows of such a delta
 go into inverted lists, made on one thread in the background; what came since, and everything until the lists
-are ready, is compared as before. How many lists a search probes is measured with queries that were asked.
+are ready, is compared as before. How many lists a search probes is measured with queries that were asked,
+and measured again as others come: those of a page of products say little of those of a feed of videos.
 """
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,8 @@ FEWEST_ROWS = 2_000
 """Rows that are compared one by one for less than lists cost."""
 _GROWTH = 4  # Lists are made anew once a quarter of their rows came since.
 _NEEDED_QUERIES, _KEPT_QUERIES = 64, 256
+MEASURED_EVERY = 2_048
+"""Queries after which it is measured again how many lists to probe."""
 _LISTS_PER_ROOT = 2.5
 _FEWEST_PROBED, _MOST_PROBED_SHARE = 4, 4
 _RECALL = 0.95
@@ -59,62 +63,83 @@ class DeltaLists:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queries: list[np.ndarray] = []
+        self._asked: deque[np.ndarray] = deque(maxlen=_KEPT_QUERIES)
+        self._since_measured = 0
         self._lists: Lists | None = None
-        self._count = 0
-        self._maker: threading.Thread | None = None
+        self._useful = False
+        self._worker: threading.Thread | None = None
 
     def over(
         self, queries: Float32[np.ndarray, "Q I"], scored: Float32[np.ndarray, "M I"]
     ) -> Lists | None:
         """The lists that there are for a search of these rows; renewed in the background when it is time."""
-        if len(scored) - self._count > max(FEWEST_ROWS, self._count // _GROWTH):
-            self._renew(queries, scored)
-        return self._lists
+        if len(scored) <= FEWEST_ROWS:
+            return None
+        with self._lock:
+            self._asked.extend(queries[-_KEPT_QUERIES:].copy())
+            self._since_measured += len(queries)
+            if self._worker is None or not self._worker.is_alive():
+                self._improve(scored)
+            return self._lists if self._useful else None
 
     def wait(self) -> None:
-        """Until no lists are being made."""
-        if maker := self._maker:
-            maker.join()
+        """Until no lists are being made or measured."""
+        if worker := self._worker:
+            worker.join()
 
-    def _renew(self, queries: np.ndarray, scored: np.ndarray) -> None:
-        with self._lock:
-            if self._maker is not None and self._maker.is_alive():
-                return
-            self._queries.append(queries[:_KEPT_QUERIES].copy())
-            if sum(map(len, self._queries)) < _NEEDED_QUERIES:
-                return
-            asked, self._queries = np.concatenate(self._queries), []
-            self._count = len(scored)
-            self._maker = threading.Thread(target=self._make, args=(scored, asked))
-            self._maker.start()
+    def _improve(self, scored: np.ndarray) -> None:
+        listed = self._lists.count if self._lists else 0
+        if len(scored) - listed > max(FEWEST_ROWS, listed // _GROWTH):
+            lists = None
+        elif self._since_measured >= MEASURED_EVERY:
+            lists = self._lists
+        else:
+            return
+        if len(self._asked) < _NEEDED_QUERIES:
+            return
+        self._since_measured = 0
+        self._worker = threading.Thread(
+            target=self._work, args=(lists, scored, np.stack(self._asked))
+        )
+        self._worker.start()
 
-    def _make(self, scored: np.ndarray, queries: np.ndarray) -> None:
+    def _work(self, lists: Lists | None, scored: np.ndarray, queries: np.ndarray) -> None:
         faiss.omp_set_num_threads(1)  # Of this thread; the others go on searching.
-        self._lists = make_lists(scored, queries[-_KEPT_QUERIES:])
+        lists = lists or make_lists(scored)
+        useful = set_probed(lists, scored, queries)
+        with self._lock:
+            self._lists, self._useful = lists, useful
 
 
-def make_lists(
-    scored: Float32[np.ndarray, "M I"], queries: Float32[np.ndarray, "Q I"]
-) -> Lists | None:
-    """Lists that are probed until 95% of the queries find their nearest row.
-
-    None where that takes a quarter of them or more: comparing one by one is then as good.
-    """
+def make_lists(scored: Float32[np.ndarray, "M I"]) -> Lists:
+    """Lists of all rows."""
     count, width = scored.shape
-    num_lists = int(_LISTS_PER_ROOT * count**0.5)
     quantizer = faiss.IndexFlatIP(width)
+    num_lists = int(_LISTS_PER_ROOT * count**0.5)
     index = faiss.IndexIVFFlat(quantizer, width, num_lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1
     index.cp.max_points_per_centroid = _TRAINED_ON
     index.train(scored)
     index.add(scored)
-    nearest = faiss.knn(queries, scored, 1, metric=faiss.METRIC_INNER_PRODUCT)[1]
-    for probed in _doublings(_FEWEST_PROBED, num_lists // _MOST_PROBED_SHARE):
-        index.nprobe = probed
-        if np.mean(index.search(queries, 1)[1] == nearest) >= _RECALL:
-            return Lists(index)
-    return None
+    return Lists(index)
+
+
+def set_probed(
+    lists: Lists, scored: Float32[np.ndarray, "M I"], queries: Float32[np.ndarray, "Q I"]
+) -> bool:
+    """Have a search probe as many lists as find the nearest row for 95% of the queries.
+
+    False where that takes a quarter of them or more: comparing one by one is then as good.
+    """
+    index, rows = lists.index, scored[: lists.count]
+    nearest = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    for probed in _doublings(_FEWEST_PROBED, index.nlist // _MOST_PROBED_SHARE):
+        effort: Any = faiss.SearchParametersIVF()
+        effort.nprobe = probed
+        if np.mean(index.search(queries, 1, params=effort)[1] == nearest) >= _RECALL:
+            index.nprobe = probed
+            return True
+    return False
 
 
 def _doublings(first: int, end: int) -> Sequence[int]:

@@ -4,6 +4,7 @@ Shape letters: Q queries, N products, D width, I indexed width.
 """
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +19,11 @@ from mmrec.retrieval.filters import filterable, refuse_alike
 
 # Unit length as float16 and bfloat16 can hold it; what is further off was never normalised.
 _LENGTH_TOLERANCE = 0.01
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_ids(ids: Sequence[Any]) -> None:
-    """Refuse ids that are not text."""
+    """Refuse ids that are not text, or that no file could hold."""
     if isinstance(ids, str):
         raise UserError(f"expected a list of ids, found the text '{ids[:40]}'")
     wrong = next((id_ for id_ in ids if not isinstance(id_, str)), "")
@@ -29,6 +31,9 @@ def check_ids(ids: Sequence[Any]) -> None:
         raise UserError(
             f"ids are text, and {wrong!r} is {type(wrong).__name__}; make it text first"
         )
+    broken = next((id_ for id_ in ids if not id_.isascii() and _SURROGATE.search(id_)), None)
+    if broken is not None:
+        raise UserError(f"{broken!r}: holds half of a character (a lone surrogate)")
 
 
 def checked_vectors(
@@ -85,15 +90,19 @@ def checked_k(k: Any) -> int:
 
 
 def checked_queries(queries: np.ndarray, width: int) -> Float32[np.ndarray, "Q D"]:
-    """Queries that can be searched with."""
+    """Queries that can be searched with. Raises `UserError`, naming a row, for those that cannot."""
+    queries = np.asarray(queries)
     if queries.ndim != 2 or queries.shape[1] != width:
         raise UserError(f"queries have shape {queries.shape}; this index expects (Q, {width})")
-    queries = np.ascontiguousarray(queries, np.float32)
-    # One number tells in most cases; sums of what is finite may still overflow.
-    if not np.isfinite(queries.sum()):
-        bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
-        if len(bad):
-            raise UserError(f"{len(bad)} queries hold NaN or infinity; the first is row {bad[0]}")
+    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite, and is refused.
+        queries = np.ascontiguousarray(queries, np.float32)
+        lengths = np.linalg.norm(queries, axis=1)
+    wrong = ~(np.isfinite(lengths) & (lengths > 0))
+    if wrong.any():
+        raise UserError(
+            f"{np.count_nonzero(wrong)} queries are zero, NaN, infinite or too large to score; the first is "
+            f"row {np.flatnonzero(wrong)[0]}"
+        )
     return queries
 
 

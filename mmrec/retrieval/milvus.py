@@ -31,6 +31,7 @@ from mmrec.errors import UserError
 from mmrec.manifest import Manifest, Parent, find_recorded
 from mmrec.retrieval.index import SearchResult
 from mmrec.retrieval.intake import (
+    check_ids,
     checked_k,
     checked_queries,
     checked_vectors,
@@ -420,6 +421,7 @@ class MilvusIndex:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Take products out. Ids that are not here are passed over; returns how many were here."""
+        check_ids(ids)
         here = list(self._rows(ids, []))
         for batch in _batches(here):
             self._server.ask("delete", self.collection, filter=self._among(batch))

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from jaxtyping import Float32, UInt8
 
 from mmrec.data.batches import collate_items
 from mmrec.errors import UserError
 from mmrec.model.encoder import Side
-from mmrec.retrieval.filters import parse_condition
 from mmrec.retrieval.matcher import Matcher
 from mmrec.retrieval.queries import EncodedQuery, encode
 from mmrec.serve.batching import Batcher
@@ -30,7 +28,6 @@ from mmrec.serve.refusals import Refused, busy, invalid
 
 Answer = TypeVar("Answer")
 
-_GROWING = ("lpad", "rpad", "replace", "regexp_replace")
 _THREADS = 2
 """For what is not searched in batches, and as many again for conditions."""
 
@@ -281,31 +278,12 @@ def search_apart(
     Raises `Refused` where the condition cannot be understood, or the index keeps nothing to score by.
     """
     try:
-        if where is not None:
-            _refuse_growth(where, matcher.index.schema)
         result = matcher.index.search(vector[None], k, where=where, rerank=rerank)
     except UserError as error:
         if str(error).startswith("where"):
             raise Refused(422, "invalid field", str(error), field="where") from None
         raise invalid("rerank", str(error)) from None
     return look_up(matcher, [(result.ids[0], result.scores[0])])[0]
-
-
-def _refuse_growth(where: str, schema: pa.Schema) -> None:
-    """Refuse functions whose result may be far longer than the condition and the values that it is about.
-
-    One `lpad` makes gigabytes of a title, and so does `replace` inside of `replace` inside of `replace`.
-    """
-    waiting: list[Any] = [parse_condition(where, schema)]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            name = str(part.get("function_name", "")).lower()
-            if name in _GROWING:
-                raise UserError(f"where: function '{name}' is not for conditions of requests")
-            waiting += part.values()
-        elif isinstance(part, list):
-            waiting += part
 
 
 def search_like(

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from vectors import names, unit_vectors
 
-from mmrec.retrieval.delta_lists import FEWEST_ROWS, Lists, make_lists
+from mmrec.retrieval.delta_lists import (
+    FEWEST_ROWS,
+    MEASURED_EVERY,
+    DeltaLists,
+    Lists,
+    make_lists,
+    set_probed,
+)
 from mmrec.retrieval.index import ProductIndex
 from mmrec.retrieval.view import View
 
@@ -163,4 +170,33 @@ def test_no_lists_where_most_of_them_would_be_probed() -> None:
     """Queries that are as near to any row as to any other."""
     rng = np.random.default_rng(0)
     scored = rng.standard_normal((2_500, 512)).astype(np.float32)
-    assert make_lists(scored, rng.standard_normal((100, 512)).astype(np.float32)) is None
+    assert not set_probed(
+        make_lists(scored), scored, rng.standard_normal((100, 512)).astype(np.float32)
+    )
+
+
+def test_queries_of_another_kind_are_measured_anew(index: ProductIndex) -> None:
+    """The first to come are products themselves, which the first few lists find; videos lie elsewhere."""
+    products = np.stack(list(all_vectors(index).values()))[-200:]
+    index.search(products, 10)
+    easy = listed(index)
+    assert easy is not None
+    few = easy.index.nprobe
+    videos = unit_vectors(MEASURED_EVERY, 9, WIDTH)
+    before = recall(index, videos[:200])
+    index.search(videos, 10)
+    after = listed(index)
+    assert after is not None
+    assert after.index.nprobe > few
+    assert recall(index, videos[:200]) > before
+
+
+def test_lists_of_no_use_are_taken_up_once_queries_change() -> None:
+    rng = np.random.default_rng(0)
+    scored = rng.standard_normal((2_500, 256)).astype(np.float32)
+    lists = DeltaLists()
+    lists.over(rng.standard_normal((100, 256)).astype(np.float32), scored)
+    lists.wait()
+    assert lists.over(scored[:MEASURED_EVERY], scored) is None
+    lists.wait()
+    assert lists.over(scored[:1], scored) is not None

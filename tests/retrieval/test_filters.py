@@ -279,6 +279,8 @@ def test_types_that_duckdb_does_not_read_are_cast_when_they_come_in():
             "len(list_filter(['a' || 'b'], lambda a: len(list_filter([a || a], lambda b: true)) > 0)) > 0",
             "a lambda within a lambda",
         ),
+        ("lpad('a', 2000000000, 'b') = 'a'", "'lpad' is not for conditions"),
+        ("replace(replace(title, 'x', 'yyyy'), 'y', 'zzzz') = ''", "'replace' is not for"),
     ],
 )
 def test_what_grows_or_nests_without_end_is_refused(where: str, reason: str) -> None:

@@ -157,7 +157,9 @@ def test_threads_get_the_answers_of_one(indexes):
     [
         (np.ones((2, 7), np.float32), r"shape \(2, 7\); this index expects \(Q, 32\)"),
         (np.ones(WIDTH, np.float32), r"shape \(32,\)"),
-        (np.full((3, WIDTH), np.nan, np.float32), "3 queries hold NaN or infinity.*row 0"),
+        (np.full((3, WIDTH), np.nan, np.float32), "3 queries are zero, NaN.*row 0"),
+        (np.eye(WIDTH, dtype=np.float32) * (np.arange(WIDTH) != 2), "1 queries are zero.*row 2"),
+        (np.full((2, WIDTH), 3e38), "2 queries .*too large to score.*row 0"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -228,6 +230,8 @@ def test_bad_attributes_are_refused():
         ProductIndex.build(ids, vectors, attributes=table_of(ids[:3]))
     with pytest.raises(UserError, match="more than one row for 'not indexed', 'sku-00004'"):
         ProductIndex.build(ids, vectors, attributes=pa.concat_tables([table, table]))
+    with pytest.raises(UserError, match=r"'\\ud83d': holds half of a character"):
+        ProductIndex.build([*ids[:-1], "\ud83d"], vectors)
 
 
 # ----------------------------------------------------------------------------------------- building

@@ -13,13 +13,16 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from servers import http_server
 from serving import Served, reason_of, service_on
 
 from mmrec.errors import UserError
-from mmrec.serve import matching, server
+from mmrec.retrieval import view
+from mmrec.retrieval.filters import matching_rows
+from mmrec.serve import server
 from mmrec.serve.config import ServeConfig, check_config, read_token
 from mmrec.serve.threads import let_idle_threads_sleep
 
@@ -333,7 +336,12 @@ def test_a_heavy_condition_holds_up_conditions_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over = threading.Event()
-    monkeypatch.setattr(matching, "_refuse_growth", lambda *given: over.wait(30))
+
+    def slow(products: pa.Table, where: str) -> np.ndarray:
+        over.wait(30)
+        return matching_rows(products, where)
+
+    monkeypatch.setattr(view, "matching_rows", slow)
     with ThreadPoolExecutor(4) as threads:
         heavy = [threads.submit(served.match, text="x", where="price > 0") for _ in range(4)]
         try:
