@@ -3,7 +3,7 @@
     python benchmarks/match_quality.py --shards runs/photos/shards     # about 15 minutes on 4 cores
     python benchmarks/match_quality.py --shards runs/photos/shards --quick    # about a minute
 
-Two trainings of the recipe `grocery` on GroceryStore photos (README.md says how the shards are made): same
+Two trainings of the recipe `grocery-videos` on GroceryStore photos (README.md says how the shards are made): same
 towers, first weights, steps, batches of the same size, augmentation and learning rates. The peer is
 open_clip's loss, where a row's own column is its only positive and every other column a negative, with every
 row bringing its product; ours knows products by id and shows each once a batch. Both are evaluated on the
@@ -67,7 +67,7 @@ def _train(shards: Path, out: Path, epochs: int, flags: str) -> tuple[float, lis
     """Test R@1 of a training and its interval."""
     size = "--encoder.image-size 64 --augment.early-size None --augment.mix 0"
     steps = f"--epochs {epochs} --eval-every 1000000 --shards {shards} --out {out}"
-    _run("train/contrastive.py", "grocery", *size.split(), *steps.split(), *flags.split())
+    _run("train/contrastive.py", "grocery-videos", *size.split(), *steps.split(), *flags.split())
     command = f"evaluate --encoder {out}/encoder --shards {shards} --out {out}/test"
     program = "from mmrec.cli import main; main()"
     _run("-c", program, *command.split(), "--no-baselines", "--no-untrained")

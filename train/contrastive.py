@@ -188,14 +188,24 @@ RECIPES: dict[str, TrainConfig] = {
     "grocery": TrainConfig(
         shards=_NOWHERE,
         out=_NOWHERE,
-        encoder=EncoderConfig(towers="mmrec-small", num_frames=8),
+        encoder=EncoderConfig(towers="mmrec-small16", image_size=144, num_frames=8),
         sampler=SamplerConfig(batch_size=64, unique_products=True),
-        augment=AugmentConfig(min_scale=0.35, color=0.15, early_size=64, early_share=0.66),
-        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1),
-        epochs=100,
-        num_frames=2,
+        augment=AugmentConfig(
+            min_scale=0.35,
+            color=0.15,
+            rotate=15,
+            erase=0.25,
+            mix=0.5,
+            early_size=64,
+            early_share=0.66,
+            late_size=112,
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=1.0),
+        ema=0.998,
+        epochs=110,
+        num_frames=1,
         num_workers=1,
-        eval_every=205,
+        eval_every=410,
         best_metric="R@1",
     ),
     # Fine-tuning open_clip's ViT-B/32 on one GPU.
@@ -211,10 +221,18 @@ RECIPES: dict[str, TrainConfig] = {
     ),
 }
 
-# The same as clips: fewer contents with several frames each, so more epochs of fewer steps, and too few
-# in val to pick by the first place alone.
+# The same as clips: fewer contents with several frames each, so more epochs of fewer steps on smaller pictures,
+# and too few in val to pick by the first place alone.
 RECIPES["grocery-videos"] = replace(
-    RECIPES["grocery"], epochs=150, eval_every=110, best_metric="MRR"
+    RECIPES["grocery"],
+    encoder=EncoderConfig(towers="mmrec-small", num_frames=8),
+    augment=AugmentConfig(min_scale=0.35, color=0.15, early_size=64, early_share=0.66),
+    optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1),
+    ema=None,
+    epochs=150,
+    num_frames=2,
+    eval_every=110,
+    best_metric="MRR",
 )
 
 

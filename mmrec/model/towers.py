@@ -231,3 +231,10 @@ def mmrec_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def mmrec_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Two basic blocks a stage, 32 to 256 channels: 2.9 M parameters, for thousands of photos on a CPU."""
     return _small_resnet("mmrec_resnet18", (2, 2, 2, 2), (32, 64, 128, 256), **kwargs)
+
+
+@timm.models.register_model
+def mmrec_resnet18_s16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`mmrec_resnet18` whose last stage keeps the resolution of the third, so works on four times the places."""
+    kwargs.setdefault("output_stride", 16)
+    return _small_resnet("mmrec_resnet18_s16", (2, 2, 2, 2), (32, 64, 128, 256), **kwargs)
