@@ -3,7 +3,7 @@
 Input: a folder of shards (data_prep/make_shards.py). Output: a run folder with config.json, metrics.jsonl,
 curves.png, checkpoints, and the best encoder.
 
-    accelerate launch --config_file accelerate_config.yaml train/contrastive.py demo \
+    accelerate launch --quiet --config_file accelerate_config.yaml train/contrastive.py demo \
         --shards runs/demo/shards --out runs/demo/train
 
 The first argument is a recipe below, or the config.json of an earlier run; flags override its fields. The

@@ -6,7 +6,7 @@ Output: a run folder with config.json, metrics.jsonl, curves.png, checkpoints, t
 recommends to held-out users (lists/val.parquet and lists/test.parquet, which train/ranker.py reads), and how
 good that is (metrics.json, table.txt).
 
-    accelerate launch --config_file accelerate_config.yaml train/generator.py \
+    accelerate launch --quiet --config_file accelerate_config.yaml train/generator.py \
         --sessions runs/beauty/sessions --ids runs/beauty/ids --out runs/beauty/generator
 
 The first argument may be the config.json of an earlier run; flags override its fields. With --evaluate-only

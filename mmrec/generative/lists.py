@@ -46,6 +46,8 @@ def read_lists(
     """
     try:
         table = pq.read_table(path, columns=["user_id", "item_ids", "scores"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; train/generator.py writes it at its end") from None
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -370,7 +370,7 @@ def test_the_program_takes_what_was_watched_and_weighs_positions(
             "held out by leave-one-out, and these are by time",
         ),
         ({"generated": "of other sessions"}, "was trained on sessions others, and "),
-        ({"generated": "run"}, "run/lists/val.parquet: expected Parquet with user_id"),
+        ({"generated": "run"}, "run/lists/val.parquet: no such file"),
         ({"ids": "ids"}, "give --generated, too"),
     ],
 )
