@@ -2,6 +2,7 @@
 
 import sys
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _OFFERS = (b"upgrade", b"http2-settings")
@@ -34,4 +35,5 @@ class PlainHttpTools(HttpToolsProtocol):
         head = line.encode("latin-1") + b"\r\n"
         for name, value in self.headers:
             head += b"%s: %s\r\n" % (name, value) if name not in _OFFERS else b""
+        self.parser = httptools.HttpRequestParser(self)  # The old one may have seen `close`.
         PlainHttpTools.data_received(self, head + b"\r\n" + self._data[stopped.args[0] :])
