@@ -6,7 +6,9 @@ Shape letters: Q queries, W beams, N catalogue size, M rows of the table of IDs,
 V width of a content's embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from mmrec.generative.generator import Generator
 from mmrec.generative.semantic_ids import SemanticIds
 from mmrec.generative.sessions import Sequences
 from mmrec.generative.trie import Trie
+
+_Found = TypeVar("_Found")
 
 
 def id_rows(ids: SemanticIds, product_ids: Sequence[str]) -> Int64[np.ndarray, " N"]:
@@ -34,6 +38,23 @@ def histories_as_codes(
     return [codes[torch.from_numpy(own[own >= 0])] for own in found]
 
 
+def search_in_threads(
+    search: Callable[[int], _Found], starts: Sequence[int], device: torch.device
+) -> list[_Found]:
+    """What a search gives for each of several parts; on a CPU as many at once as torch has threads.
+
+    A small decoder's steps are too short to be shared out: two threads with a part each did 1.3 (10 beams) to
+    1.5 times (100) as much as two that shared every step of one part.
+    """
+    if device.type != "cpu":
+        return [search(start) for start in starts]
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(search, starts))
+    torch.set_num_threads(threads)  # Threads that begin later have what was set last, by any.
+    return found
+
+
 def generate_lists(
     generator: Generator,
     histories: Sequence[Int64[Tensor, "_ E"]],
@@ -46,8 +67,8 @@ def generate_lists(
     """The beams of each query, best first, as rows of the table of IDs."""
     # Equal lengths lie together, so that hardly any padding is computed.
     order = np.argsort([len(history) for history in histories], kind="stable")
-    products, scores = [], []
-    for start in range(0, len(order), at_once):
+
+    def search(start: int) -> tuple[np.ndarray, np.ndarray]:
         part = order[start : start + at_once].tolist()
         beams = generator.generate(
             [histories[query] for query in part],
@@ -56,12 +77,12 @@ def generate_lists(
             contents=None if contents is None else contents[part].to(generator.device),
         )
         assert beams.products is not None
-        products.append(beams.products.cpu().numpy())
-        scores.append(beams.scores.double().cpu().numpy())
+        return beams.products.cpu().numpy(), beams.scores.double().cpu().numpy()
+
+    found = search_in_threads(search, range(0, len(order), at_once), generator.device)
+    products, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
     back = np.argsort(order, kind="stable")
-    return RankedProducts(
-        products=np.concatenate(products)[back], scores=np.concatenate(scores)[back]
-    )
+    return RankedProducts(products=products[back], scores=scores[back])
 
 
 def in_catalogue(

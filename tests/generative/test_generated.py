@@ -1,6 +1,8 @@
 """A generator's lists in the rows of a catalogue."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Barrier, Thread
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from mmrec.generative.generated import (
     id_table,
     in_catalogue,
     rank_answers,
+    search_in_threads,
 )
 from mmrec.generative.generator import Generator, GeneratorConfig
 from mmrec.generative.lists import read_lists, write_lists
@@ -79,6 +82,30 @@ def test_lists_are_those_of_each_history_alone(ids: SemanticIds, tmp_path: Path)
         again = read.products[query] >= 0
         assert read.products[query][again].tolist() == mine.products[query][there].tolist()
         assert read.scores[query][again].tolist() == mine.scores[query][there].tolist()
+
+
+def test_parts_are_searched_by_threads_of_one_core_each(torch_threads: int) -> None:
+    both = Barrier(torch_threads)
+
+    def search(start: int) -> tuple[int, int]:
+        both.wait(30)  # Nobody is done before all have begun.
+        return start, torch.get_num_threads()
+
+    found = search_in_threads(search, range(0, 8, 2), torch.device("cpu"))
+    assert found == [(start, 1) for start in range(0, 8, 2)]
+    own = []
+    later = Thread(target=lambda: own.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert [torch.get_num_threads(), *own] == [torch_threads] * 2
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
 
 
 def test_several_right_products_have_a_rank_each() -> None:
