@@ -3,12 +3,12 @@
     python benchmarks/match_quality.py --shards runs/photos/shards     # about 15 minutes on 4 cores
     python benchmarks/match_quality.py --shards runs/photos/shards --quick    # about a minute
 
-Two trainings of the recipe `grocery-videos` on GroceryStore photos (README.md says how the shards are made): same
-towers, first weights, steps, batches of the same size, augmentation and learning rates. The peer is
-open_clip's loss, where a row's own column is its only positive and every other column a negative, with every
-row bringing its product; ours knows products by id and shows each once a batch. Both are evaluated on the
-test split by exact search. The last line is one JSON object; the ratio is ours over the peer's R@1, and
-the bar holds when the 95% intervals (bootstrap over queries) do not meet.
+Two trainings of the recipe `grocery-videos` on GroceryStore photos (README.md says how the shards are
+made): same towers, first weights, steps, batches of the same size, augmentation and learning rates. The
+peer is open_clip's loss, where a row's own column is its only positive and every other column a negative,
+with every row bringing its product; ours knows products by id and shows each once a batch. Both are
+evaluated on the test split by exact search. The last line is one JSON object; the ratio is ours over the
+peer's R@1, and the bar holds when the 95% intervals (bootstrap over queries) do not meet.
 """
 
 import json

@@ -221,8 +221,8 @@ RECIPES: dict[str, TrainConfig] = {
     ),
 }
 
-# The same as clips: fewer contents with several frames each, so more epochs of fewer steps on smaller pictures,
-# and too few in val to pick by the first place alone.
+# The same as clips: fewer contents with several frames each, so more epochs of fewer steps, on smaller
+# pictures, and too few in val to pick by the first place alone.
 RECIPES["grocery-videos"] = replace(
     RECIPES["grocery"],
     encoder=EncoderConfig(towers="mmrec-small", num_frames=8),

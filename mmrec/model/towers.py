@@ -235,6 +235,6 @@ def mmrec_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @timm.models.register_model
 def mmrec_resnet18_s16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """`mmrec_resnet18` whose last stage keeps the resolution of the third, so works on four times the places."""
+    """`mmrec_resnet18` whose last stage keeps the resolution of the third: four times the places."""
     kwargs.setdefault("output_stride", 16)
     return _small_resnet("mmrec_resnet18_s16", (2, 2, 2, 2), (32, 64, 128, 256), **kwargs)
