@@ -1,6 +1,7 @@
 """The house: what may import what, what is importable, and what an import costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,17 @@ def test_the_command_runs_as_a_module(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "missing: no such folder" in done.stderr
+
+
+def test_the_tour_names_files_that_are_there() -> None:
+    tour = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The code in one tour")[1]
+    )
+    rows = [line.split("|")[2] for line in tour.splitlines() if line.startswith("| ")]
+    assert len(rows) > 40
+    for row in rows:
+        folder = Path()
+        for name in re.findall("`([^`]+)`", row):
+            path = Path(name) if "/" in name else folder / name
+            assert any(ROOT.glob(str(path))), path
+            folder = path if name.endswith("/") else path.parent
