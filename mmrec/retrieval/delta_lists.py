@@ -25,8 +25,8 @@ from mmrec.retrieval.faiss_base import search_selected
 FEWEST_ROWS = 2_000
 """Rows that are compared one by one for less than lists cost."""
 _GROWTH = 4  # Lists are made anew once a quarter of their rows came since.
-_NEEDED_QUERIES, _KEPT_QUERIES = 64, 256
-MEASURED_EVERY = 2_048
+_NEEDED_QUERIES, _KEPT_QUERIES = 64, 128
+MEASURED_EVERY = 4_096
 """Queries after which it is measured again how many lists to probe."""
 _LISTS_PER_ROOT = 2.5
 _FEWEST_PROBED, _MOST_PROBED_SHARE = 4, 4
@@ -40,7 +40,9 @@ class Lists:
     """Inverted lists over the first rows of a delta."""
 
     index: Any
-    """A FAISS `IndexIVFFlat`."""
+    """A FAISS `IndexIVFFlat`; its own `nprobe` stays 1, since searches that run would trip over a change."""
+    probed: int
+    """Lists that a search looks into."""
 
     @property
     def count(self) -> int:
@@ -52,9 +54,11 @@ class Lists:
     ) -> Found:
         """The k nearest of the wanted rows in the lists probed; -inf and row -1 where they hold fewer."""
         if wanted.all():
-            scores, rows = self.index.search(queries, k)
+            scores, rows = self.index.search(queries, k, params=_probing(self.probed))
         else:
-            scores, rows = search_selected(self.index, queries, k, wanted)
+            scores, rows = search_selected(
+                self.index, queries, k, wanted, effort=float(self.probed)
+            )
         return np.where(rows >= 0, scores, _NONE), rows
 
 
@@ -65,8 +69,8 @@ class DeltaLists:
         self._lock = threading.Lock()
         self._asked: deque[np.ndarray] = deque(maxlen=_KEPT_QUERIES)
         self._since_measured = 0
+        self._index: Any = None
         self._lists: Lists | None = None
-        self._useful = False
         self._worker: threading.Thread | None = None
 
     def over(
@@ -80,7 +84,7 @@ class DeltaLists:
             self._since_measured += len(queries)
             if self._worker is None or not self._worker.is_alive():
                 self._improve(scored)
-            return self._lists if self._useful else None
+            return self._lists
 
     def wait(self) -> None:
         """Until no lists are being made or measured."""
@@ -88,31 +92,29 @@ class DeltaLists:
             worker.join()
 
     def _improve(self, scored: np.ndarray) -> None:
-        listed = self._lists.count if self._lists else 0
-        if len(scored) - listed > max(FEWEST_ROWS, listed // _GROWTH):
-            lists = None
-        elif self._since_measured >= MEASURED_EVERY:
-            lists = self._lists
-        else:
-            return
-        if len(self._asked) < _NEEDED_QUERIES:
+        listed = self._index.ntotal if self._index else 0
+        grown = len(scored) - listed > max(FEWEST_ROWS, listed // _GROWTH)
+        if len(self._asked) < _NEEDED_QUERIES or not (
+            grown or self._since_measured >= MEASURED_EVERY
+        ):
             return
         self._since_measured = 0
+        index = None if grown else self._index
         self._worker = threading.Thread(
-            target=self._work, args=(lists, scored, np.stack(self._asked))
+            target=self._work, args=(index, scored, np.stack(self._asked))
         )
         self._worker.start()
 
-    def _work(self, lists: Lists | None, scored: np.ndarray, queries: np.ndarray) -> None:
+    def _work(self, index: Any, scored: np.ndarray, queries: np.ndarray) -> None:
         faiss.omp_set_num_threads(1)  # Of this thread; the others go on searching.
-        lists = lists or make_lists(scored)
-        useful = set_probed(lists, scored, queries)
+        index = index or make_index(scored)
+        lists = measured_lists(index, scored, queries)
         with self._lock:
-            self._lists, self._useful = lists, useful
+            self._index, self._lists = index, lists
 
 
-def make_lists(scored: Float32[np.ndarray, "M I"]) -> Lists:
-    """Lists of all rows."""
+def make_index(scored: Float32[np.ndarray, "M I"]) -> Any:
+    """A FAISS `IndexIVFFlat` of all rows."""
     count, width = scored.shape
     quantizer = faiss.IndexFlatIP(width)
     num_lists = int(_LISTS_PER_ROOT * count**0.5)
@@ -121,25 +123,28 @@ def make_lists(scored: Float32[np.ndarray, "M I"]) -> Lists:
     index.cp.max_points_per_centroid = _TRAINED_ON
     index.train(scored)
     index.add(scored)
-    return Lists(index)
+    return index
 
 
-def set_probed(
-    lists: Lists, scored: Float32[np.ndarray, "M I"], queries: Float32[np.ndarray, "Q I"]
-) -> bool:
-    """Have a search probe as many lists as find the nearest row for 95% of the queries.
+def measured_lists(
+    index: Any, scored: Float32[np.ndarray, "M I"], queries: Float32[np.ndarray, "Q I"]
+) -> Lists | None:
+    """Lists of which as many are probed as find the nearest row for 95% of the queries.
 
-    False where that takes a quarter of them or more: comparing one by one is then as good.
+    None where that takes a quarter of them or more: comparing one by one is then as good.
     """
-    index, rows = lists.index, scored[: lists.count]
+    rows = scored[: index.ntotal]
     nearest = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)[1]
     for probed in _doublings(_FEWEST_PROBED, index.nlist // _MOST_PROBED_SHARE):
-        effort: Any = faiss.SearchParametersIVF()
-        effort.nprobe = probed
-        if np.mean(index.search(queries, 1, params=effort)[1] == nearest) >= _RECALL:
-            index.nprobe = probed
-            return True
-    return False
+        if np.mean(index.search(queries, 1, params=_probing(probed))[1] == nearest) >= _RECALL:
+            return Lists(index, probed)
+    return None
+
+
+def _probing(probed: int) -> Any:
+    parameters: Any = faiss.SearchParametersIVF()
+    parameters.nprobe = probed
+    return parameters
 
 
 def _doublings(first: int, end: int) -> Sequence[int]:
