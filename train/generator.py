@@ -9,6 +9,9 @@ good that is (metrics.json, table.txt).
     accelerate launch --quiet --config_file accelerate_config.yaml train/generator.py \
         --sessions runs/beauty/sessions --ids runs/beauty/ids --out runs/beauty/generator
 
+Where sessions say what was watched and when, --watched FOLDERS (embeddings of those contents) teaches what
+comes after a history and a content together, and val and test are asked with either and with both.
+
 The first argument may be the config.json of an earlier run; flags override its fields. With --evaluate-only
 the generator of a run is measured again, and not trained:
 
@@ -37,7 +40,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
 from mmrec.bars import is_quiet
@@ -49,6 +52,7 @@ from mmrec.generative.evaluation import (
     METRIC_NAMES,
     Evaluation,
     RankedProducts,
+    Scores,
     evaluate_recommendations,
     format_differences,
     format_table,
@@ -64,7 +68,7 @@ from mmrec.generative.generator import Generator, GeneratorConfig, check_ids
 from mmrec.generative.lists import write_lists
 from mmrec.generative.semantic_ids import KIND as IDS_KIND
 from mmrec.generative.semantic_ids import SemanticIds
-from mmrec.generative.sequences import SequenceBatch, SequenceBatches
+from mmrec.generative.sequences import SequenceBatch, SequenceBatches, rows_or_zeros
 from mmrec.generative.sessions import (
     FILES,
     Sessions,
@@ -75,6 +79,7 @@ from mmrec.generative.sessions import (
     split_sessions,
 )
 from mmrec.generative.trie import Trie, build_trie
+from mmrec.generative.watched import last_watched, watched_sequences
 from mmrec.manifest import (
     Manifest,
     Parent,
@@ -121,8 +126,11 @@ class GeneratorTraining:
     by: SplitBy | None = "leave-one-out"
     """How targets of sessions are held out; None learns from all that there is, and measures nothing."""
     contents: Path | None = None
-    """Embeddings of training contents, with the products that they lead to. Beside sessions they are
-    sequences of their own: none has both a content and a history."""
+    """Embeddings of training contents, with the products that they lead to: sequences without a history."""
+    watched: tuple[Path, ...] = ()
+    """Folders of embeddings of what the sessions say was watched, beside those of --contents; what val and
+    test are asked with is among them. Each training product is then learned a second time, from its history
+    and one content watched since the purchase before it, and queries are asked with both, too."""
     val_contents: Path | None = None
     """The same of the val split, to measure on where there are no sessions."""
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -168,9 +176,10 @@ class GeneratorTraining:
 
 FREE_ON_RESUME = ("ids", "sessions", "contents", "val_contents", "out", "resume", "cpu_threads")
 FREE_ON_RESUME += ("log_every", "keep_checkpoints", "eval_users", "num_beams", "test_beams")
-FREE_ON_RESUME += ("patience", "evaluate_only")
+FREE_ON_RESUME += ("patience", "evaluate_only", "watched")
 METRIC = "R@10"
 NAME, COUNTS = "generator", "transition counts"
+CONTENT, BOTH = "generator, content alone", "generator, history and content"
 
 
 def parse(arguments: list[str]) -> GeneratorTraining:
@@ -187,8 +196,10 @@ def check(config: GeneratorTraining) -> Path | None:
     check_ranges(config)
     if config.sessions is None and config.contents is None:
         raise UserError("give --sessions FOLDER, --contents FOLDER, or both")
+    if config.watched and config.sessions is None:
+        raise UserError("--watched: give --sessions too, which say who watched what")
     read_manifest(config.ids, IDS_KIND)
-    inputs = [path for path in (config.ids, config.sessions, config.contents) if path]
+    inputs = inputs_of(config)
     check_output(config.out / "generator", kind="generator", overwrite=True, inputs=inputs)
     checkpoint = newest_checkpoint(config.out) if config.resume else None
     if checkpoint is None:
@@ -219,7 +230,15 @@ def fingerprint_of_data(config: GeneratorTraining) -> str:
             parts[name] = hash_file(config.sessions / f"{name}.parquet")
     if config.contents is not None:
         parts["contents"] = read_manifest(config.contents, "embeddings").fingerprint
+    for number, path in enumerate(config.watched):
+        parts[f"watched {number}"] = read_manifest(path, "embeddings").fingerprint
     return fingerprint_of(parts)
+
+
+def inputs_of(config: GeneratorTraining) -> list[Path]:
+    """What a generator is made from."""
+    inputs = (config.ids, config.sessions, config.contents, *config.watched)
+    return [path for path in inputs if path]
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -237,11 +256,23 @@ class Data:
     """val and test of the sessions; empty where nothing is held out."""
     contents: Embeddings | None
     val_contents: Embeddings | None
+    content_ids: list[str]
+    """Those of `contents`, and then those that were watched."""
+    vectors: Float32[np.ndarray, "_ V"] | None
+    """Their embeddings; None without any."""
+    last: dict[str, Int64[np.ndarray, " U"]]
+    """The row in `vectors` of the last content that each user watched before val and test, -1 for none; empty
+    where nothing watched is given."""
 
     @property
     def width(self) -> int:
         """Numbers of a content's embedding; 0 without contents."""
-        return self.contents.vectors.shape[1] if self.contents else 0
+        return 0 if self.vectors is None else self.vectors.shape[1]
+
+    @property
+    def fullest(self) -> str:
+        """How queries are asked where all is given that the run has learned from."""
+        return BOTH if self.last else NAME
 
 
 def read_data(config: GeneratorTraining) -> Data:
@@ -259,6 +290,17 @@ def read_data(config: GeneratorTraining) -> Data:
         read_contents(ids, config.ids, path) if path else None
         for path in (config.contents, config.val_contents)
     )
+    known = [read_contents(ids, config.ids, path) for path in config.watched]
+    known = [contents, *known] if contents else known
+    if len({one.manifest.encoder for one in known}) > 1:
+        raise UserError("--watched and --contents: embed them with one encoder")
+    content_ids = [id_ for one in known for id_ in one.ids]
+    last = {}
+    if sessions is not None and config.watched:
+        last = {name: last_watched(sessions, own, content_ids) for name, own in splits.items()}
+    for name, own in last.items():
+        if own.max() < 0:
+            raise UserError(f"--watched: none of them was watched before a target of {name}")
     return Data(
         ids=ids,
         sessions=sessions,
@@ -266,6 +308,9 @@ def read_data(config: GeneratorTraining) -> Data:
         splits=splits,
         contents=contents,
         val_contents=val_contents,
+        content_ids=content_ids,
+        vectors=np.concatenate([one.vectors for one in known]) if known else None,
+        last=last,
     )
 
 
@@ -283,8 +328,8 @@ def training_batches(
     config: GeneratorTraining, data: Data
 ) -> tuple[SequenceBatches, dict[str, int]]:
     """All that is learned from, and counts of what was left out."""
-    counts = {"sessions": 0, "unknown_items": 0, "items": 0, "contents": 0}
-    sequences, pairs = [], []
+    counts = {"sessions": 0, "unknown_items": 0, "items": 0, "contents": 0, "watched": 0}
+    sequences, pairs, watched = [], [], []
     if data.sessions is not None:
         learned = data.splits["val"].train if data.splits else data.sessions.events
         found = [data.rows[own] for own in learned]
@@ -298,6 +343,9 @@ def training_batches(
                 f"{config.ids}: knows {counts['items']:,} and not {counts['unknown_items']:,} of the "
                 f"products in {config.sessions}; they are of another catalogue"
             )
+        if config.watched:
+            watched = watched_sequences(data.sessions, learned, data.rows, data.content_ids)
+            counts["watched"] = len(watched)
     if data.contents is not None:
         for row, own in enumerate(linked_products(data.contents)):
             pairs += [(row, product) for product in data.ids.known(own)[0]]
@@ -308,7 +356,8 @@ def training_batches(
         max_items=config.model.max_items + 1,  # A whole history, and what comes next.
         drop_items=config.drop_items,
         pairs=pairs,
-        contents=None if data.contents is None else data.contents.vectors,
+        watched=watched,
+        contents=data.vectors,
         seed=config.seed,
     )
     return batches, counts
@@ -340,11 +389,27 @@ def read_contents(ids: SemanticIds, ids_path: Path, path: Path) -> Embeddings:
 
 
 def recommend(
-    generator: Generator, data: Data, split: Split, trie: Trie, num_beams: int
+    generator: Generator,
+    data: Data,
+    split: Split,
+    trie: Trie,
+    num_beams: int,
+    *,
+    way: str = NAME,
+    last: Int64[np.ndarray, " U"] | None = None,
 ) -> RankedProducts:
-    """The lists of a split's queries, in the rows of the sessions' catalogue."""
+    """The lists of a split's queries, in the rows of the sessions' catalogue.
+
+    `way` says what they are asked with: NAME the history, CONTENT each user's content in `last`, BOTH both.
+    """
     histories = histories_as_codes(split.histories, data.ids, data.rows)
-    contents = torch.zeros(len(histories), data.width) if data.width else None
+    if way == CONTENT:
+        histories = [own[:0] for own in histories]
+    contents = None
+    if data.vectors is not None:
+        none = np.full(len(histories), -1)
+        rows = none if way == NAME or last is None else last[split.queries]
+        contents = rows_or_zeros(data.vectors, rows)
     found = generate_lists(generator, histories, trie=trie, num_beams=num_beams, contents=contents)
     return in_catalogue(found, data.ids, data.rows)
 
@@ -355,9 +420,10 @@ def validate(
     """Means over some users, or contents, of validation; empty where there are none."""
     if data.splits:
         split = sample_queries(data.splits["val"], config.eval_users, seed=config.seed)
-        lists = recommend(generator, data, split, trie, config.num_beams)
-        found = evaluate_recommendations({NAME: lists}, split, len(data.rows), num_resamples=1)
-        means = found.systems[NAME]["kept"].slices["all"]
+        way, last = data.fullest, data.last.get("val")
+        lists = recommend(generator, data, split, trie, config.num_beams, way=way, last=last)
+        found = evaluate_recommendations({way: lists}, split, len(data.rows), num_resamples=1)
+        means = found.systems[way]["kept"].slices["all"]
         return {name: float(means[name]) for name in METRIC_NAMES}
     if data.val_contents is not None:
         return validate_contents(config, generator, data.val_contents, data.ids, trie)
@@ -399,17 +465,25 @@ def test(
     lists, seconds = {}, 0.0
     for name, split in data.splits.items():
         started = time.perf_counter()
-        lists[name] = recommend(generator, data, split, trie, config.test_beams)
+        way, last = data.fullest, data.last.get(name)
+        own = recommend(generator, data, split, trie, config.test_beams, way=way, last=last)
         seconds += time.perf_counter() - started
-        write_lists(config.out / "lists" / f"{name}.parquet", lists[name], data.sessions, split)
-    asked = data.splits["test"]
-    systems = {
+        write_lists(config.out / "lists" / f"{name}.parquet", own, data.sessions, split)
+        lists[name] = own
+    asked, last = data.splits["test"], data.last.get("test")
+    systems: dict[str, Scores] = {
         "popularity": popularity_scores(asked.train, len(asked.targets), len(data.rows)),
         COUNTS: transition_scores(asked.train, asked.histories, len(data.rows)),
-        NAME: lists["test"],
     }
+    for way in (NAME, CONTENT) if data.last else ():
+        systems[way] = recommend(
+            generator, data, asked, trie, config.test_beams, way=way, last=last
+        )
+    systems[data.fullest] = lists["test"]
     found = evaluate_recommendations(systems, asked, len(data.rows))
-    of_val = evaluate_recommendations({NAME: lists["val"]}, data.splits["val"], len(data.rows))
+    of_val = evaluate_recommendations(
+        {data.fullest: lists["val"]}, data.splits["val"], len(data.rows)
+    )
     users = sum(len(split.targets) for split in data.splits.values())
     report(config, found, of_val, users_per_s=users / seconds)
     return found
@@ -419,10 +493,13 @@ def report(
     config: GeneratorTraining, found: Evaluation, of_val: Evaluation, *, users_per_s: float
 ) -> None:
     """Print the table, and write it as table.txt and metrics.json."""
-    lines = [format_table(found), ""]
-    means, intervals = found.difference(NAME, COUNTS)
-    for stratum, figures in format_differences(means, intervals).items():
-        lines.append(f"{NAME} - {COUNTS}, seen kept, {stratum}, paired: {figures}")
+    lines, differences = [format_table(found), ""], {}
+    ways = [way for way in (NAME, CONTENT, BOTH) if way in found.systems]
+    for ours, theirs in ((ways[-1], other) for other in (COUNTS, *ways[:-1])):
+        means, intervals = found.difference(ours, theirs)
+        differences[f"{ours} - {theirs}"] = {"means": means, "intervals": intervals}
+        for stratum, figures in format_differences(means, intervals).items():
+            lines.append(f"{ours} - {theirs}, seen kept, {stratum}, paired: {figures}")
     lines.append(f"validation, seen kept: {format_means(of_val)}")
     lines.append(f"{users_per_s:.0f} users/s at {config.test_beams} beams")
     text = "\n".join(lines)
@@ -430,7 +507,7 @@ def report(
     write_whole(config.out / "table.txt", text + "\n")
     metrics = found.to_dict() | {
         "val": of_val.to_dict(),
-        "difference": {"means": means, "intervals": intervals},
+        "differences": differences,
         "num_beams": config.test_beams,
         "users_per_s": users_per_s,
     }
@@ -438,8 +515,8 @@ def report(
 
 
 def format_means(found: Evaluation) -> str:
-    """The generator's figures over all queries, seen products kept, in a line."""
-    means = found.systems[NAME]["kept"].slices["all"]
+    """The generator's figures over all queries, asked with all that is given, seen kept, in a line."""
+    means = list(found.systems.values())[-1]["kept"].slices["all"]
     return "  ".join(f"{name} {means[name]:.4f}" for name in METRIC_NAMES)
 
 
@@ -549,7 +626,8 @@ def main(config: GeneratorTraining) -> None:
             )
             print(
                 f"{batches.num_rows:,} sequences of {counts['items']:,} items{left_out}, "
-                f"{counts['contents']:,} contents; {weights:,} weights; {total_steps:,} steps",
+                f"{counts['contents']:,} contents, {counts['watched']:,} items after a content, too; "
+                f"{weights:,} weights; {total_steps:,} steps",
                 file=sys.stderr,
             )
     parents = parents_of(config, config.out / "generator")
@@ -565,7 +643,7 @@ def main(config: GeneratorTraining) -> None:
         with accelerator.autocast():
             losses = model(
                 codes[batch.rows.to(codes.device)],
-                batch.present.to(codes.device),
+                batch.learned.to(codes.device),
                 None if batch.contents is None else batch.contents.to(codes.device),
             )
         accelerator.backward(losses["loss"])
@@ -680,10 +758,8 @@ def main(config: GeneratorTraining) -> None:
 
 def parents_of(config: GeneratorTraining, child: Path) -> list[Parent]:
     """What a generator is made from, as the run or a folder in it remembers it."""
-    folders = [config.ids, config.sessions, config.contents]
-    return [
-        parent_of(child, f) for f in folders if f is not None and (f / "manifest.json").is_file()
-    ]
+    inputs = inputs_of(config)
+    return [parent_of(child, path) for path in inputs if (path / "manifest.json").is_file()]
 
 
 def finish(

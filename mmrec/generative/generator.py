@@ -179,20 +179,20 @@ class Generator(nn.Module):
     def forward(
         self,
         ids: Int64[Tensor, "B S E"],
-        present: Bool[Tensor, "B S"],
+        learned: Bool[Tensor, "B S"],
         contents: Float[Tensor, "B V"] | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of every product of sequences given those before it; padding is on the right.
+        """The loss of the products marked as learned, given those before each; padding is on the right.
 
-            loss = - mean over products of sum over levels of log p(code | codes before it)
+            loss = - mean over learned products of sum over levels of log p(code | codes before it)
 
         Returns it as `loss`, and each level's share of it.
         """
         inputs = self.drop(self.inputs(ids, contents)[:, :-1])
         # No mask: causal attention never looks to the right, where the padding is.
         states = self.body(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        states = self.drop(states).unflatten(1, (-1, self.levels))[present]  # (P, E, D)
-        targets = ids[present]  # (P, E)
+        states = self.drop(states).unflatten(1, (-1, self.levels))[learned]  # (P, E, D)
+        targets = ids[learned]  # (P, E)
         losses = {
             f"level_{level + 1}": nn.functional.cross_entropy(
                 self.logits(states[:, level], level).float(), targets[:, level]

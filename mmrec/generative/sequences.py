@@ -18,11 +18,15 @@ from mmrec.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
-    """Sequences of equal or nearly equal length, padded on the right."""
+    """Sequences of equal or nearly equal length, padded on the right.
+
+    After a content the last product alone is learned: those before it were taken before it was watched.
+    """
 
     rows: Int64[Tensor, "B S"]
     """Rows of products in the table of IDs; 0 for padding."""
-    present: Bool[Tensor, "B S"]
+    learned: Bool[Tensor, "B S"]
+    """Products that the loss counts; padding is not among them."""
     contents: Float[Tensor, "B V"] | None
     """The content that led to each sequence, zeros for none; None where no content is given at all."""
 
@@ -46,20 +50,23 @@ class SequenceBatches:
         max_items: int,
         drop_items: float = 0.0,
         pairs: Sequence[tuple[int, int]] = (),
+        watched: Sequence[tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _C"]]] = (),
         contents: Float32[np.ndarray, "C V"] | None = None,
         seed: int = 0,
     ) -> None:
         """`pairs` are rows of `contents` and of a product that each leads to.
 
+        `watched` are products that were taken one after another, and rows of the contents that were watched
+        before the last of them: it is learned with those before it and one content, another one each epoch.
         Raises `UserError` where there are fewer sequences than a batch holds.
         """
         self._sequences = [own for own in sequences if len(own)]
-        self._pairs = list(pairs)
+        self._pairs, self._watched = list(pairs), list(watched)
         self._contents = contents
         self._batch_size, self._max_items = batch_size, max_items
         self._drop_items, self._seed = drop_items, seed
         windows = sum(math.ceil(len(own) / max_items) for own in self._sequences)
-        self.num_rows = windows + len(self._pairs)
+        self.num_rows = windows + len(self._pairs) + len(self._watched)
         self.steps_per_epoch = self.num_rows // batch_size
         if not self.steps_per_epoch:
             raise UserError(
@@ -72,6 +79,9 @@ class SequenceBatches:
         generator = np.random.default_rng((self._seed, epoch))
         rows = [(own, -1) for own in self._windows(generator)]
         rows += [(np.array([product]), content) for content, product in self._pairs]
+        for number, (own, choices) in enumerate(self._watched):
+            content = int(choices[(epoch + number) % len(choices)])
+            rows.append((self._after_dropping(own[-self._max_items :], generator), content))
         # Equal lengths lie together, in an order of their own each epoch.
         keys = np.array([len(own) for own, _ in rows]) + generator.random(len(rows))
         order = np.argsort(keys)[generator.integers(len(rows) % self._batch_size + 1) :]
@@ -95,17 +105,30 @@ class SequenceBatches:
             kept.append(own[mask] if mask.any() else own)
         return kept
 
+    def _after_dropping(
+        self, own: Int64[np.ndarray, " _"], generator: np.random.Generator
+    ) -> Int64[np.ndarray, " _"]:
+        """Without a share of the products before the last."""
+        kept = generator.random(len(own)) >= self._drop_items
+        kept[-1] = True
+        return own[kept]
+
     def collate(self, rows: Sequence[tuple[Int64[np.ndarray, " _"], int]]) -> SequenceBatch:
         """Sequences as tensors."""
         longest = max(len(own) for own, _ in rows)
         padded = torch.zeros(len(rows), longest, dtype=torch.int64)
-        present = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for number, (own, _) in enumerate(rows):
+        learned = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for number, (own, content) in enumerate(rows):
             padded[number, : len(own)] = torch.from_numpy(own)
-            present[number, : len(own)] = True
+            learned[number, 0 if content < 0 else len(own) - 1 : len(own)] = True
         contents = None
         if self._contents is not None:
-            own = np.array([content for _, content in rows])
-            vectors = np.where(own[:, None] >= 0, self._contents[own], 0).astype(np.float32)
-            contents = torch.from_numpy(vectors)
-        return SequenceBatch(rows=padded, present=present, contents=contents)
+            contents = rows_or_zeros(self._contents, np.array([content for _, content in rows]))
+        return SequenceBatch(rows=padded, learned=learned, contents=contents)
+
+
+def rows_or_zeros(
+    contents: Float32[np.ndarray, "C V"], rows: Int64[np.ndarray, " B"]
+) -> Float[Tensor, "B V"]:
+    """The embeddings of these contents; zeros, which stand for none, where a row is -1."""
+    return torch.from_numpy(np.where(rows[:, None] >= 0, contents[rows], 0).astype(np.float32))
