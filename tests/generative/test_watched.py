@@ -8,8 +8,19 @@ import pytest
 from small_sessions import write_small
 
 from mmrec.errors import UserError
-from mmrec.generative.sessions import Sessions, leave_one_out, write_sessions
-from mmrec.generative.watched import watched_before, watched_scores
+from mmrec.generative.sessions import (
+    Sessions,
+    SplitBy,
+    leave_one_out,
+    split_sessions,
+    write_sessions,
+)
+from mmrec.generative.watched import (
+    last_watched,
+    watched_before,
+    watched_scores,
+    watched_sequences,
+)
 
 
 @pytest.fixture
@@ -38,6 +49,66 @@ def test_what_was_watched_since_the_last_purchase_counts(sessions: Sessions) -> 
     watched = watched_before(sessions, leave_one_out(sessions, "val"), ["x", "y", "z"])
     assert watched.queries.tolist() == [1]
     assert watched.contents.tolist() == [1]
+
+
+def test_the_last_content_is_asked_with(sessions: Sessions) -> None:
+    # The table has y, z of u in another order than that of time, and "gone" has no embedding.
+    names = sessions.table["content_ids"].to_pylist()
+    assert names[0] == ["x", "y", "z", "gone"]
+    last = last_watched(sessions, leave_one_out(sessions, "test"), ["x", "z", "y"])
+    assert last.tolist() == [1, -1, 0]
+
+
+def test_products_are_learned_after_histories_and_contents(sessions: Sessions) -> None:
+    def found(rows: list[int]) -> list[tuple[list[int], list[int]]]:
+        made = watched_sequences(sessions, sessions.events, np.array(rows), ["x", "y", "z"])
+        return [(own.tolist(), contents.tolist()) for own, contents in made]
+
+    assert found([10, 11, 12]) == [
+        ([10, 11, 12], [1, 2]),
+        ([11, 12], [1]),
+        ([11, 12, 10], [0]),
+    ]
+    # A product without an ID is in no history, and is not learned.
+    assert found([10, -1, 12]) == [([10, 12], [1, 2]), ([12], [1]), ([12, 10], [0])]
+    assert found([10, 11, -1]) == [([11, 10], [0])]
+
+
+@pytest.mark.parametrize("by", ["leave-one-out", "time"])
+def test_nothing_that_is_held_out_is_learned(tmp_path: Path, by: SplitBy) -> None:
+    """Before each product its own content is watched, so that what is learned from tells its place."""
+    items, times = [list("abcde"), list("bcdea")], [[10, 20, 30, 40, 50], [12, 22, 32, 42, 52]]
+    table = pa.table(
+        {
+            "user_id": ["u", "v"],
+            "item_ids": items,
+            "times": times,
+            "content_ids": [[f"{user}{place}" for place in range(5)] for user in "uv"],
+            "content_times": [[moment - 1 for moment in own] for own in times],
+        }
+    )
+    sessions = write_sessions(
+        tmp_path,
+        products=pa.table({"product_id": list("abcde")}),
+        sessions=table,
+        config={},
+        counts={},
+    )
+    names = [f"{user}{place}" for user in "uv" for place in range(5)]
+    for held_out in ("val", "test"):
+        train = split_sessions(sessions, by, held_out).train
+        made = watched_sequences(sessions, train, np.arange(5), names)
+        learned = {names[row] for _, contents in made for row in contents}
+        places = {
+            f"{user}{at}"
+            for user, own in zip("uv", train, strict=True)
+            for at in range(1, len(own))
+        }
+        assert learned == places
+        assert "u1" in learned
+        assert not learned & {"u4", "v4"}
+        whole = ["".join("abcde"[row] for row in own) for own in train]
+        assert all("".join("abcde"[row] for row in own) in " ".join(whole) for own, _ in made)
 
 
 def test_contents_propose_the_nearest_products(sessions: Sessions) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import load_program, reset_accelerate
 from small_embeddings import write_embeddings
 
@@ -53,20 +54,26 @@ def sessions(ids: Path) -> Path:
     return write_folder(folder, items, [*reversed(NAMES), "without ID"])
 
 
-def write_folder(folder: Path, items: list[list[str]], products: list[str]) -> Path:
+def write_folder(
+    folder: Path,
+    items: list[list[str]],
+    products: list[str],
+    watched: list[list[str]] | None = None,
+) -> Path:
     """A folder of sessions, of which each event is a second after the one before it."""
     folder.mkdir()
     times = [[100 * row + place for place in range(len(own))] for row, own in enumerate(items)]
+    columns = {
+        "user_id": [f"u{row}" for row in range(len(items))],
+        "item_ids": items,
+        "times": times,
+    }
+    if watched is not None:  # Each before the product of its place.
+        columns |= {"content_ids": watched, "content_times": times}
     write_sessions(
         folder,
         products=pa.table({"product_id": products}),
-        sessions=pa.table(
-            {
-                "user_id": [f"u{row}" for row in range(len(items))],
-                "item_ids": items,
-                "times": times,
-            }
-        ),
+        sessions=pa.table(columns),
         config={},
         counts={},
     )
@@ -231,6 +238,50 @@ def test_contents_lead_to_products(ids: Path, tmp_path: Path, fresh_accelerate: 
         run(tmp_path / "wrong", ids, contents=bare)
 
 
+def test_a_history_and_a_content_together_lead_to_a_product(
+    ids: Path, tmp_path: Path, fresh_accelerate: None, capsys: pytest.CaptureFixture
+) -> None:
+    """Of each user's two products the content says which comes next: neither suffices alone."""
+    generator = np.random.default_rng(0)
+    vectors = np.repeat(unit_vectors(2, 5), 6, axis=0) + 0.1 * unit_vectors(12, 6)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    names = [f"c{row}" for row in range(12)]
+    drawn = generator.integers(12, size=(48, 8))
+    products = np.arange(48)[:, None] % 12 + np.where(drawn < 6, 0, 12)
+    items = [[NAMES[row] for row in own] for own in products]
+    watched = [[names[row] for row in own] for own in drawn]
+    folder = write_folder(tmp_path / "sessions", items, NAMES, watched)
+    parts = [
+        write_embeddings(
+            tmp_path / str(half), names[half::2], vectors[half::2], product_ids=[[]] * 6
+        )
+        for half in range(2)
+    ]
+    settings = {"sessions": folder, "watched": tuple(parts), "batch_size": 32, "epochs": 30}
+    out = run(tmp_path / "run", ids, **settings)
+    assert read_manifest(out, "run").counts["watched"] == 48 * 5
+    metrics = json.loads((out / "metrics.json").read_text())
+    found = {name: own["kept"]["slices"]["all"]["MRR"] for name, own in metrics["systems"].items()}
+    assert found["generator, history and content"] > 0.85
+    assert found["generator"] < 0.8
+    assert found["generator, content alone"] < 0.5
+    name = "generator, history and content - generator"
+    assert metrics["differences"][name]["intervals"]["all"]["MRR"][0] > 0
+    # What the ranker reads is what was found with all that is known.
+    lists = pq.read_table(out / "lists/test.parquet")["item_ids"].to_pylist()
+    hits = [own[0] == taken[-1] for own, taken in zip(lists, items, strict=True)]
+    assert np.mean(hits) > 0.7
+    assert "240 items after a content, too" in capsys.readouterr().err
+
+    others = write_embeddings(tmp_path / "z", ["z"], unit_vectors(1), product_ids=[[]])
+    for changes, complaint in (
+        ({"watched": (others,)}, "none of them was watched before a target of val"),
+        ({"sessions": None, "contents": parts[0]}, "--watched: give --sessions too"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            run(tmp_path / "wrong", ids, **{**settings, **changes})
+
+
 def test_ids_that_have_seen_the_targets_are_refused(
     ids: Path, sessions: Path, tmp_path: Path
 ) -> None:
@@ -283,3 +334,48 @@ def test_batches_are_a_function_of_seed_and_epoch() -> None:
     assert np.mean([max(map(len, b)) - min(map(len, b)) for b in plan(0)]) < 1.5
     kept = sum(len(own) for batch in plan(0, drop=0.5) for own in batch)
     assert 0.4 < kept / sum(map(len, windows)) < 0.7
+
+
+def test_after_a_content_the_last_product_alone_is_learned() -> None:
+    batches = SequenceBatches(
+        [np.array([0, 1, 2])],
+        batch_size=3,
+        max_items=4,
+        pairs=[(0, 6)],
+        watched=[(np.array([1, 5, 3, 4, 5]), np.array([1]))],
+        contents=unit_vectors(2),
+    )
+    [rows] = batches.plan(0)
+    batch = batches.collate(rows)
+    expected = {-1: [1, 1, 1, 0], 0: [1, 0, 0, 0], 1: [0, 0, 0, 1]}
+    assert batch.learned.tolist() == [expected[content] for _, content in rows]
+    assert [own.tolist() for own, content in rows if content == 1] == [[5, 3, 4, 5]]
+
+    generator = Generator(replace(MODEL, content_width=8), (4, 4, 2))
+    states = []
+    generator.body.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
+    codes = torch.from_numpy(np.stack(np.unravel_index(np.arange(7), (4, 4, 2)), axis=1))
+    loss = generator(codes[batch.rows], batch.learned, batch.contents)["loss"]
+    [gradient] = torch.autograd.grad(loss, states)
+    # What writes a product that is not learned, or padding, is not moved by the loss.
+    reached = gradient.unflatten(1, (4, 3)).abs().sum(-1) > 0  # (B, S, E)
+    assert torch.equal(reached, batch.learned[..., None].expand_as(reached))
+
+
+def test_another_content_leads_to_a_product_each_epoch() -> None:
+    watched = [(np.arange(1, size), np.arange(size)) for size in range(4, 20)]
+
+    def plan(epoch: int, drop: float = 0.5) -> list[tuple[list[int], int]]:
+        batches = SequenceBatches(
+            [], batch_size=16, max_items=30, drop_items=drop, watched=watched, seed=1
+        )
+        [rows] = batches.plan(epoch)
+        return sorted(((own.tolist(), content) for own, content in rows), key=lambda r: r[0][-1])
+
+    assert plan(3) == plan(3) != plan(4)
+    # However much is left out of a history, the product that is learned stays.
+    assert [own[-1] for own, _ in plan(0)] == [own[-1] for own, _ in watched]
+    assert sum(len(own) for own, _ in plan(0)) < 0.75 * sum(len(own) for own, _ in watched)
+    chosen = np.array([[content for _, content in plan(epoch)] for epoch in range(19)])
+    for column, (_, choices) in zip(chosen.T, watched, strict=True):
+        assert set(column[: len(choices)]) == set(choices.tolist())
