@@ -726,7 +726,7 @@ def recommend(
 ) -> None:
     """Generate the products that a history, a content, or both lead to.
 
-    Training shows a generator histories and contents apart, so how both act together is not learned.
+    How both act together is learned by a generator that was trained with --watched.
 
     Args:
         generator: A run of train/generator.py.

@@ -160,8 +160,8 @@ class Recommender:
     ) -> Recommendations:
         """The k products most likely to come next after a history (oldest first), a content, or both.
 
-        train/generator.py shows a generator histories and contents, never both of one user: how they act
-        together is not learned, and not measured.
+        How both act together is learned where train/generator.py was given --watched: which product comes after
+        a history and a content that was watched since.
         Products of the history without an ID are left out and counted. `num_beams` is at least k; more find
         more surely what is likely, and left out it is twice k or 50. `seen` says whether products of the
         history may come again. Raises `UserError` for a request with nothing known in it, or a content where
