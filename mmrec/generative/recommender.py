@@ -160,8 +160,8 @@ class Recommender:
     ) -> Recommendations:
         """The k products most likely to come next after a history (oldest first), a content, or both.
 
-        How both act together is learned where train/generator.py was given --watched: which product comes after
-        a history and a content that was watched since.
+        How both act together is learned where train/generator.py was given --watched: what comes after a
+        history and a content that was watched since.
         Products of the history without an ID are left out and counted. `num_beams` is at least k; more find
         more surely what is likely, and left out it is twice k or 50. `seen` says whether products of the
         history may come again. Raises `UserError` for a request with nothing known in it, or a content where
