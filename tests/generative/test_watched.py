@@ -77,13 +77,17 @@ def test_products_are_learned_after_histories_and_contents(sessions: Sessions) -
 @pytest.mark.parametrize("by", ["leave-one-out", "time"])
 def test_nothing_that_is_held_out_is_learned(tmp_path: Path, by: SplitBy) -> None:
     """Before each product its own content is watched, so that what is learned from tells its place."""
-    items, times = [list("abcde"), list("bcdea")], [[10, 20, 30, 40, 50], [12, 22, 32, 42, 52]]
+    items = [["a"], list("abcde"), list("bcdea")]
+    times = [[5], [10, 20, 30, 40, 50], [12, 22, 32, 42, 52]]
     table = pa.table(
         {
-            "user_id": ["u", "v"],
+            "user_id": ["t", "u", "v"],
             "item_ids": items,
             "times": times,
-            "content_ids": [[f"{user}{place}" for place in range(5)] for user in "uv"],
+            "content_ids": [
+                [f"{user}{place}" for place in range(len(own))]
+                for user, own in zip("tuv", items, strict=True)
+            ],
             "content_times": [[moment - 1 for moment in own] for own in times],
         }
     )
@@ -94,14 +98,14 @@ def test_nothing_that_is_held_out_is_learned(tmp_path: Path, by: SplitBy) -> Non
         config={},
         counts={},
     )
-    names = [f"{user}{place}" for user in "uv" for place in range(5)]
+    names = [name for own in table["content_ids"].to_pylist() for name in own]
     for held_out in ("val", "test"):
         train = split_sessions(sessions, by, held_out).train
         made = watched_sequences(sessions, train, np.arange(5), names)
         learned = {names[row] for _, contents in made for row in contents}
         places = {
             f"{user}{at}"
-            for user, own in zip("uv", train, strict=True)
+            for user, own in zip("tuv", train, strict=True)
             for at in range(1, len(own))
         }
         assert learned == places
