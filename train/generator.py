@@ -281,7 +281,7 @@ def read_data(config: GeneratorTraining) -> Data:
     sessions = read_sessions(config.sessions) if config.sessions else None
     splits = {}
     if sessions is not None and config.by is not None:
-        check_held_out(config, ids)
+        check_held_out(config, ids, sessions)
         splits = {
             "val": split_sessions(sessions, config.by, "val"),
             "test": split_sessions(sessions, config.by, "test"),
@@ -363,9 +363,16 @@ def training_batches(
     return batches, counts
 
 
-def check_held_out(config: GeneratorTraining, ids: SemanticIds) -> None:
-    """Refuse IDs cut from sessions of which other targets were held out: they would have seen ours."""
-    details = ids.manifest.details if ids.manifest else {}
+def check_held_out(config: GeneratorTraining, ids: SemanticIds, sessions: Sessions) -> None:
+    """Refuse IDs cut from other sessions, or with other targets held out: they may have seen ours."""
+    if ids.manifest is None:
+        return
+    cut_from, details = ids.manifest.parent("sessions"), ids.manifest.details
+    if cut_from is not None and cut_from.fingerprint != sessions.fingerprint:
+        raise UserError(
+            f"{config.ids}: was cut from sessions {cut_from.fingerprint}, and {config.sessions} is "
+            f"{sessions.fingerprint}; cut IDs from these: train/semantic_ids.py --tables {config.sessions}"
+        )
     if details.get("by", config.by) != config.by:
         raise UserError(
             f"{config.ids}: was cut from sessions with targets held out by {details['by']}, and these are by "

@@ -164,16 +164,15 @@ def main(config: RankerTraining) -> None:
 
 def check_held_out(config: RankerTraining, run: Path, sessions: Sessions) -> None:
     """Refuse a generator of other sessions or other targets: it may have been trained on ours."""
-    if not (run / FILE_NAME).is_file():
+    if not (run / "generator" / FILE_NAME).is_file():
         return  # Lists that another program wrote.
-    manifest = read_manifest(run, "run")
-    learned = manifest.parent("sessions")
+    learned = read_manifest(run / "generator", "generator").parent("sessions")
     if learned is not None and learned.fingerprint != sessions.fingerprint:
         raise UserError(
             f"{run}: was trained on sessions {learned.fingerprint}, and {config.sessions} is "
             f"{sessions.fingerprint}; give --sessions the former, or a generator trained on these"
         )
-    by = manifest.config.get("by")
+    by = json.loads((run / "config.json").read_text(encoding="utf-8")).get("by")
     if by != config.by:
         raise UserError(
             f"{run}: its targets were held out by {by}, and these are by {config.by}; give --by {by}, or a "

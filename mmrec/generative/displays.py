@@ -78,10 +78,10 @@ def position_propensities(displays: Displays) -> Float[np.ndarray, " P"]:
 
         propensity(p) = taken at p / taken at 1, of shuffled lists of at least p products
 
-    Where too little was taken of such lists to tell, a position has the propensity of the one before it.
-    Since positions are looked at less and less that is too much rather than too little: nothing weighs more
-    than is known, at the price of a little bias, as with clipped propensities (Strehl et al. 2010). Raises
-    `UserError` where too little was taken of all shuffled lists together.
+    Where too little was taken of such lists to tell, or nothing at p, a position has the propensity of the
+    one before it. Since positions are looked at less and less that is too much rather than too little:
+    nothing weighs more than is known, at the price of a little bias, as with clipped propensities (Strehl et
+    al. 2010). Raises `UserError` where too little was taken of all shuffled lists together.
     """
     taken, lengths = displays.taken[displays.shuffled], displays.lengths[displays.shuffled]
     if not _tells(taken):
@@ -94,7 +94,7 @@ def position_propensities(displays: Displays) -> Float[np.ndarray, " P"]:
     for position in range(2, len(found) + 1):
         own = taken[lengths >= position]
         found[position - 1] = found[position - 2]
-        if _tells(own):
+        if _tells(own) and (own == position).any():
             found[position - 1] = np.count_nonzero(own == position) / np.count_nonzero(own == 1)
     return found
 

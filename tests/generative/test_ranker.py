@@ -327,12 +327,13 @@ def shop(sessions: Sessions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     near = unit_rows(vectors + 0.1 * generator.standard_normal(vectors.shape))
     led = [[item] for item in sessions.product_ids]
     write_embeddings(folder / "contents", names, near, product_ids=led)
-    run = Manifest(kind="run", config={"by": "leave-one-out"}, counts={}, fingerprint="run")
-    for name in ("generator", "of other sessions"):
-        (folder / name).mkdir()
-    write_manifest(folder / "generator", run)
-    other = Parent(kind="sessions", fingerprint="others", path="../others")
-    write_manifest(folder / "of other sessions", replace(run, parents=[other]))
+    # Runs that were stopped have no manifest of their own.
+    made = Manifest(kind="generator", config={}, counts={}, fingerprint="made")
+    other = Parent(kind="sessions", fingerprint="others", path="../../others")
+    for name, parents in (("generated", []), ("of other sessions", [other])):
+        (folder / name / "generator").mkdir(parents=True)
+        write_manifest(folder / name / "generator", replace(made, parents=parents))
+        (folder / name / "config.json").write_text('{"by": "leave-one-out"}')
     write_embeddings(folder / "others", names, near, product_ids=led, encoder="another")
     return folder
 
@@ -366,7 +367,7 @@ def test_the_program_takes_what_was_watched_and_weighs_positions(
         ({"embeddings": ("contents",)}, "holds none of the products of p00 and others"),
         ({"embeddings": ("products", "products")}, "two folders called products"),
         (
-            {"generated": "generator", "by": "time"},
+            {"generated": "generated", "by": "time"},
             "held out by leave-one-out, and these are by time",
         ),
         ({"generated": "of other sessions"}, "was trained on sessions others, and "),
