@@ -289,6 +289,11 @@ def test_ids_that_have_seen_the_targets_are_refused(
     SemanticIds.load(ids).save(seen, details={"by": None})
     with pytest.raises(UserError, match="targets held out by None"):
         run(tmp_path / "wrong", seen, sessions=sessions)
+    reset_accelerate()
+    elsewhere = Parent(kind="sessions", fingerprint="longer", path="../longer")
+    SemanticIds.load(ids).save(tmp_path / "longer", parents=[elsewhere])
+    with pytest.raises(UserError, match="was cut from sessions longer, and"):
+        run(tmp_path / "wrong", tmp_path / "longer", sessions=sessions)
 
 
 def test_sessions_of_another_catalogue_are_refused(ids: Path, tmp_path: Path) -> None:
