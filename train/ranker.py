@@ -48,7 +48,7 @@ from mmrec.generative.evaluation import (
     format_table,
 )
 from mmrec.generative.lists import list_shares, read_id_table, read_lists
-from mmrec.generative.ranker import KIND, RankerConfig, fit_ranker
+from mmrec.generative.ranker import GENERATOR, KIND, RankerConfig, fit_ranker
 from mmrec.generative.sessions import (
     HeldOut,
     Sessions,
@@ -68,7 +68,7 @@ from mmrec.manifest import (
 )
 
 COUNTS, COUNTED_ANEW = "transition counts", "transition counts, validation counted"
-GENERATOR, WATCHED = "generator", "watched"
+WATCHED = "watched"
 HYBRID, HYBRID_ANEW = "hybrid", "hybrid, validation counted"
 PAIRS = ((HYBRID, COUNTS), (HYBRID_ANEW, COUNTED_ANEW))
 

@@ -34,6 +34,7 @@ from mmrec.generative.baselines import (
     transition_shares,
 )
 from mmrec.generative.evaluation import RankedProducts, matrix_shape
+from mmrec.generative.lists import list_shares
 from mmrec.generative.sessions import Sequences, Split, catalogue_fingerprint, encode_history
 from mmrec.manifest import (
     Manifest,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from lightgbm import Booster
 
 KIND = "ranker"
+GENERATOR = "generator"
+"""What a generator is called among the sources."""
 _MODEL, _LINKS, _PRODUCTS = "model.txt", "links.safetensors", "products.parquet"
 _CONTEXT = ("popularity", "popularity of last", "seen", "history length", "sources")
 # Queries whose candidates are gathered at once: some 300 MB of features and sparse products.
@@ -385,14 +388,29 @@ class Ranker:
         recent = history_weights(histories, len(self.product_ids), window=window, decay=decay)
         return sparse.csr_array(recent @ self.links[source])
 
-    def recommend(self, history: Sequence[str], *, k: int = 10) -> list[tuple[str, float]]:
+    def recommend(
+        self,
+        history: Sequence[str],
+        *,
+        k: int = 10,
+        generated: Sequence[tuple[str, float]] | None = None,
+    ) -> list[tuple[str, float]]:
         """The `k` best products that are not in a history of product ids, with their scores.
 
+        `generated` are the products that `Recommender.recommend` gives for the same history, with their
+        scores: as many as the lists had that the ranker was fitted with, if with any.
         Unknown ids are left out. Raises `UserError` when none is known.
         """
         rows, _ = encode_history(history, self.product_ids)
         histories = Sequences(rows, np.array([0, len(rows)]))
-        ranked = self.rank(histories, k=k + len(rows))
+        proposed = None
+        if generated is not None:
+            places = {id_: row for row, id_ in enumerate(self.product_ids)}
+            listed = np.array([places.get(id_, -1) for id_, _ in generated], np.int64)
+            scores = np.array([score for _, score in generated], np.float64)
+            lists = RankedProducts(products=listed[None], scores=scores[None])
+            proposed = {GENERATOR: list_shares(lists, len(self.product_ids))}
+        ranked = self.rank(histories, k=k + len(rows), proposed=proposed)
         seen = set(rows.tolist())
         pairs = zip(ranked.products[0].tolist(), ranked.scores[0].tolist(), strict=True)
         new = [

@@ -292,7 +292,15 @@ def test_the_program_measures_with_a_generator(
     assert "inflated by" in text
     assert "transition counts are features of hybrid" in text
     assert "hybrid - transition counts, seen kept, all: R@10 +" in text
-    assert Ranker.load(tmp_path / "out/ranker").proposers == ("generator",)
+    ranker = Ranker.load(tmp_path / "out/ranker")
+    assert ranker.proposers == ("generator",)
+    # Asked as it was fitted, it ranks what was generated among the rest.
+    generated = [("p59", -1.0), ("p58", -2.0), ("gone", -3.0)]
+    assert {"p59", "p58"} <= {
+        id_ for id_, _ in ranker.recommend(["p00"], k=60, generated=generated)
+    }
+    with pytest.raises(UserError, match="fitted with proposals of: generator; found: none"):
+        ranker.recommend(["p00"])
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
