@@ -4,8 +4,8 @@ The rules, which hold for a model and for a baseline alike:
 
 - A hit is a product, never an ID: a generated ID stands for all products that carry it, and they tie.
 - The whole catalogue is ranked. What a list does not name comes after all that it names.
-- Ties count against the model. A list that was cut off between equal scores may have left any of them
-  out, so those at its end count as not named.
+- Ties count against the model. A list that does not name the whole catalogue may have left out products
+  that tie with its last score, so all that it names at that score count as not named.
 - Every score must be finite.
 - Products that the user took before are kept in the ranking and, for a second set of figures, removed.
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from scipy import sparse
 
 from mmrec.errors import UserError
@@ -33,8 +33,9 @@ METRIC_NAMES = (*(f"{name}@{k}" for k in CUTOFFS for name in ("R", "N")), "MRR")
 STRATA = ("all", "repeated transition", "unseen transition", "cold product")
 SEEN = ("kept", "removed")
 
-# Units in the last place, of a row's largest score, within which scores are equal: as in
-# mmrec.retrieval.metrics, since sums of the same numbers in another order differ by so much.
+# Units in the last place, of a row's best score or the score itself, within which scores are equal: as in
+# mmrec.retrieval.metrics, since sums of the same numbers in another order differ by so much. What lies below
+# a score does not count: it may be masked by a number such as -1e9.
 _ULPS = 64
 
 
@@ -44,7 +45,7 @@ class RankedProducts:
 
     products: Int[np.ndarray, "Q K"]
     """Catalogue rows; -1 where a list is shorter."""
-    scores: Float[np.ndarray, "Q K"]
+    scores: Real[np.ndarray, "Q K"]
     """Higher is better; what stands beside -1 is not read."""
     id_table: Int[np.ndarray, "N _L"] | None = None
     """The semantic ID of each catalogue row, to say by how much counting IDs would inflate the figures."""
@@ -56,7 +57,7 @@ class RankedIds:
 
     codes: Int[np.ndarray, "Q K _L"]
     """Generated IDs; one that no product carries takes its place and finds nothing."""
-    scores: Float[np.ndarray, "Q K"]
+    scores: Real[np.ndarray, "Q K"]
     """Higher is better, such as log probabilities."""
     id_table: Int[np.ndarray, "N _L"]
     """The ID of each catalogue row; products may share one."""
@@ -88,18 +89,28 @@ def check_id_table(
 def list_scores(ranked: RankedProducts, num_products: int) -> sparse.csr_array:
     """Lists as a sparse matrix (Q, N) of positive whole numbers that order as the scores do, ties included.
 
-    A product that a list names twice counts at its best place. Raises `UserError` for a score that is not
-    finite.
+    A product that a list names twice counts at its best place. A list that does not name every product was
+    cut off, whatever its length, and what it names at its last score is left out. Raises `UserError` for a
+    score that is not finite and a product outside the catalogue.
     """
-    products, scores = ranked.products, ranked.scores
+    products, scores = ranked.products, _as_floats(ranked.scores)
     listed = products >= 0
     _check_finite(np.where(listed, scores, 0.0))
-    levels = _tie_levels(np.where(listed, scores, -np.inf), _tolerances(scores, listed))
-    cut_off = listed.all(axis=1) & (products.shape[1] < num_products)
-    levels = np.where(cut_off[:, None], _without_cut_ties(levels), levels)
-    used = listed & (levels > 0)
-    queries = np.broadcast_to(np.arange(len(products))[:, None], products.shape)[used]
-    return _best_of(queries, products[used], levels[used], (len(products), num_products))
+    if len(outside := np.argwhere(products >= num_products)):
+        query, place = outside[0]
+        raise UserError(
+            f"query {query}: a list names row {products[query, place]} of a catalogue of {num_products:,} "
+            "products; expected rows of that catalogue, or -1"
+        )
+    levels = _tie_levels(np.where(listed, scores, -np.inf))
+    queries = np.broadcast_to(np.arange(len(products))[:, None], products.shape)[listed]
+    shape = (len(products), num_products)
+    best = _best_of(queries, products[listed], levels[listed], shape)
+    num_named = np.diff(best.indptr)
+    # The last score of a list has level 1.
+    best.data -= np.repeat(num_named < num_products, num_named)
+    best.eliminate_zeros()
+    return best
 
 
 def expand_ids(
@@ -185,11 +196,13 @@ def _rank_dense(
     seen: Sequences | None,
     last: Int[np.ndarray, " Q"],
 ) -> Int[np.ndarray, " Q"]:
+    scores = _as_floats(scores)
     ranks = np.zeros(len(targets), np.int64)
     for query, target in enumerate(targets):
         line = scores[query].astype(np.float64)
         _check_finite(line[None], np.array([query]))
-        tolerance = _ULPS * np.finfo(scores.dtype).eps * np.abs(line).max()
+        largest = max(abs(line[target]), abs(line.max()))
+        tolerance = _ULPS * np.finfo(scores.dtype).eps * largest
         if seen is not None:
             line[seen[query]] = -np.inf
         proposed = line[target] > -np.inf
@@ -215,31 +228,22 @@ def _pair_keys(
     return rows.astype(np.int64) * num_columns + columns
 
 
-def _tolerances(
-    scores: Float[np.ndarray, "Q K"], listed: Bool[np.ndarray, "Q K"]
-) -> Float[np.ndarray, "Q 1"]:
-    largest = np.where(listed, np.abs(scores), 0.0).max(axis=1, keepdims=True, initial=0.0)
-    return _ULPS * float(np.finfo(scores.dtype).eps) * largest.astype(np.float64)
+def _as_floats(scores: np.ndarray) -> np.ndarray:
+    """Scores with whole numbers made floating."""
+    return scores if np.issubdtype(scores.dtype, np.floating) else scores.astype(np.float64)
 
 
-def _tie_levels(
-    scores: Float[np.ndarray, "Q K"], tolerances: Float[np.ndarray, "Q 1"]
-) -> Int[np.ndarray, "Q K"]:
-    """1 for the lowest score of a row, more for each higher one; neighbours within tolerance are equal."""
+def _tie_levels(scores: Float[np.ndarray, "Q K"]) -> Int[np.ndarray, "Q K"]:
+    """0 for -inf, 1 for a row's lowest other score, more for each higher one; ties have the same."""
     order = np.argsort(scores, axis=1, kind="stable")
     ordered = np.take_along_axis(scores, order, axis=1).astype(np.float64)
+    largest = np.maximum(np.abs(ordered), np.abs(ordered[:, -1:]))
     with np.errstate(invalid="ignore"):
-        rises = np.diff(ordered, axis=1, prepend=-np.inf) > tolerances
+        steps = np.diff(ordered, axis=1, prepend=-np.inf)
+        rises = steps > _ULPS * float(np.finfo(scores.dtype).eps) * largest
     levels = np.empty(scores.shape, np.int64)
     np.put_along_axis(levels, order, np.cumsum(rises, axis=1), axis=1)
     return levels
-
-
-def _without_cut_ties(levels: Int[np.ndarray, "Q K"]) -> Int[np.ndarray, "Q K"]:
-    """0 for those at a list's end that share their score with another."""
-    lowest = levels == levels.min(axis=1, keepdims=True, initial=np.iinfo(np.int64).max)
-    tied = lowest.sum(axis=1, keepdims=True) > 1
-    return np.where(lowest & tied, 0, levels)
 
 
 def _best_of(

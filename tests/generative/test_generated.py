@@ -110,7 +110,8 @@ def torch_threads() -> Iterator[int]:
 
 def test_several_right_products_have_a_rank_each() -> None:
     lists = RankedProducts(
-        products=np.array([[4, 2, 0], [1, 3, 0]]), scores=np.array([[-1.0, -2, -3], [-1, -1, -2]])
+        products=np.array([[4, 2, 0, 1], [1, 3, 0, 2]]),
+        scores=np.array([[-1.0, -2, -3, -4], [-1, -1, -2, -3]]),
     )
     ranks = rank_answers(lists, [[0, 4, 5], [3, -1]], 6)
     # A tie counts against the model, and what is not listed stands last.

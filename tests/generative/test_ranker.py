@@ -17,8 +17,8 @@ from mmrec.generative.baselines import transition_scores
 from mmrec.generative.evaluation import (
     RankedProducts,
     evaluate_recommendations,
-    list_scores,
 )
+from mmrec.generative.lists import list_shares
 from mmrec.generative.ranker import (
     Ranker,
     RankerConfig,
@@ -124,7 +124,7 @@ def test_features_say_what_their_names_say(sessions: Sessions) -> None:
     split = leave_one_out(sessions, "val")
     links = link_by_sequences(split.train, NUM_PRODUCTS, CONFIG)
     popularity = np.bincount(split.train.items, minlength=NUM_PRODUCTS)
-    generated = list_scores(
+    generated = list_shares(
         RankedProducts(products=np.full((500, 1), 59), scores=np.ones((500, 1))), NUM_PRODUCTS
     )
     found = gather_candidates(links, popularity, split.histories, CONFIG, {"generator": generated})

@@ -98,10 +98,56 @@ def test_lists_are_ranked_with_their_ties_and_padding() -> None:
         for row in range(3)
         for item in range(6)
     }
-    assert [ranks[0, item] for item in (4, 2, 3, 0)] == [2, 2, 3, 6]
+    assert [ranks[0, item] for item in (4, 2, 3, 0)] == [2, 2, 6, 6]
     # The list was cut off between 3 and 0, which tie: others may have been left out.
     assert [ranks[1, item] for item in (4, 2, 3, 0)] == [1, 2, 6, 6]
     assert [ranks[2, item] for item in (1, 3, 0)] == [1, 2, 6]
+
+
+@pytest.mark.parametrize("length", [1, 3, 10, 20])
+@pytest.mark.parametrize("padding", [0, 4])
+def test_a_list_never_ranks_better_than_all_the_scores_it_was_cut_from(
+    length: int, padding: int
+) -> None:
+    scores = np.random.default_rng(0).integers(0, 6, size=(60, 20)).astype(float)
+    # One product comes first whenever it ties, so that cutting between equals would help it.
+    targets = np.zeros(60, np.int64)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :length]
+    ranked = RankedProducts(
+        products=np.pad(order, ((0, 0), (0, padding)), constant_values=-1),
+        scores=np.pad(np.take_along_axis(scores, order, axis=1), ((0, 0), (0, padding))),
+    )
+    found = rank_targets(list_scores(ranked, 20), targets)
+    sure = (scores[:, 0] > scores[np.arange(60), order[:, -1]]) | (length == 20)
+    assert found.tolist() == np.where(sure, rank_targets(scores, targets), 20).tolist()
+
+
+def test_unknown_products_do_not_make_a_list_whole() -> None:
+    ranked = RankedProducts(products=np.array([[2, -1, 1, -1]]), scores=np.full((1, 4), -3.0))
+    for target in range(4):
+        assert rank_targets(list_scores(ranked, 4), np.array([target])).tolist() == [4]
+
+
+def test_whole_numbers_are_scores_and_rows_outside_the_catalogue_are_refused() -> None:
+    products = np.array([[3, 1, 0, 2], [0, 1, 2, 3]])
+    scores = np.array([[4, 3, 2, 1], [4, 3, 2, 1]])
+    lists = list_scores(RankedProducts(products=products, scores=scores), 4)
+    for matrix in (lists, scores[:, [2, 1, 3, 0]]):
+        assert rank_targets(matrix[:1], np.array([1])).tolist() == [2]
+    with pytest.raises(UserError, match="query 0: a list names row 3 of a catalogue of 3 products"):
+        list_scores(RankedProducts(products=products, scores=scores), 3)
+
+
+@pytest.mark.parametrize("mask", [-1e9, np.finfo(np.float32).min])
+def test_masked_products_do_not_make_the_others_tie(mask: float) -> None:
+    scores = np.array([[0.5, mask, 0.25, 0.75, 0.5 + 1e-7]], np.float32)
+    targets = np.arange(5)
+    ranks = [3, 5, 4, 1, 3]
+    assert rank_targets(scores.repeat(5, axis=0), targets).tolist() == ranks
+    order = np.argsort(-scores, axis=1)
+    ranked = RankedProducts(products=order, scores=np.take_along_axis(scores, order, axis=1))
+    matrix = list_scores(ranked, 5)
+    assert [int(rank_targets(matrix, targets[[row]])[0]) for row in range(5)] == ranks
 
 
 def test_a_whole_catalogue_is_not_cut_off() -> None:
@@ -113,8 +159,8 @@ def test_a_whole_catalogue_is_not_cut_off() -> None:
 def test_ids_are_expanded_to_their_products() -> None:
     table = np.array([[0, 0], [0, 1], [0, 0], [1, 1], [0, 0]])
     ranked = RankedIds(
-        codes=np.array([[[0, 1], [7, 7], [0, 0]]]),
-        scores=np.array([[-1.0, -2.0, -3.0]]),
+        codes=np.array([[[0, 1], [7, 7], [0, 0], [1, 1]]]),
+        scores=np.array([[-1.0, -2.0, -3.0, -4.0]]),
         id_table=table,
     )
     products, ids, id_of = expand_ids(ranked)
