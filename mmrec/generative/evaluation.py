@@ -4,8 +4,8 @@ The rules, which hold for a model and for a baseline alike:
 
 - A hit is a product, never an ID: a generated ID stands for all products that carry it, and they tie.
 - The whole catalogue is ranked. What a list does not name comes after all that it names.
-- Ties count against the model. A list that does not name the whole catalogue may have left out products
-  that tie with its last score, so all that it names at that score count as not named.
+- Ties count against the model. A list that names neither the whole catalogue nor all that its system
+  proposes may have left out products that tie with its last score, so those at that score count as not named.
 - Every score must be finite.
 - Products that the user took before are kept in the ranking and, for a second set of figures, removed.
 
@@ -49,6 +49,8 @@ class RankedProducts:
     """Higher is better; what stands beside -1 is not read."""
     id_table: Int[np.ndarray, "N _L"] | None = None
     """The semantic ID of each catalogue row, to say by how much counting IDs would inflate the figures."""
+    whole: Bool[np.ndarray, " Q"] | None = None
+    """Lists that name all that their system proposes, so that none was cut off; left out, none is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,8 @@ def list_scores(ranked: RankedProducts, num_products: int) -> sparse.csr_array:
     """Lists as a sparse matrix (Q, N) of positive whole numbers that order as the scores do, ties included.
 
     A product that a list names twice counts at its best place. A list that does not name every product was
-    cut off, whatever its length, and what it names at its last score is left out. Raises `UserError` for a
-    score that is not finite and a product outside the catalogue.
+    cut off, whatever its length, unless it is known to be whole; what it names at its last score is left out.
+    Raises `UserError` for a score that is not finite and a product outside the catalogue.
     """
     products, scores = ranked.products, _as_floats(ranked.scores)
     listed = products >= 0
@@ -107,8 +109,11 @@ def list_scores(ranked: RankedProducts, num_products: int) -> sparse.csr_array:
     shape = (len(products), num_products)
     best = _best_of(queries, products[listed], levels[listed], shape)
     num_named = np.diff(best.indptr)
+    cut_off = num_named < num_products
+    if ranked.whole is not None:
+        cut_off &= ~ranked.whole
     # The last score of a list has level 1.
-    best.data -= np.repeat(num_named < num_products, num_named)
+    best.data -= np.repeat(cut_off, num_named)
     best.eliminate_zeros()
     return best
 
@@ -421,7 +426,8 @@ def _listed_ids(
     different, id_of = np.unique(id_table, axis=0, return_inverse=True)
     id_of = id_of.reshape(-1)
     listed = np.where(ranked.products >= 0, id_of[ranked.products], -1)
-    return list_scores(RankedProducts(products=listed, scores=ranked.scores), len(different)), id_of
+    of_ids = RankedProducts(products=listed, scores=ranked.scores, whole=ranked.whole)
+    return list_scores(of_ids, len(different)), id_of
 
 
 def _inflation(

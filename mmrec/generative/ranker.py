@@ -376,7 +376,9 @@ class Ranker:
         kept = places < k
         where = (queries[kept], places[kept])
         ranked = RankedProducts(
-            products=np.full((len(histories), k), -1), scores=np.zeros((len(histories), k))
+            products=np.full((len(histories), k), -1),
+            scores=np.zeros((len(histories), k)),
+            whole=np.bincount(queries, minlength=len(histories)) <= k,
         )
         ranked.products[where] = gathered.products[order][kept]
         ranked.scores[where] = scores[order][kept]

@@ -128,6 +128,12 @@ def test_unknown_products_do_not_make_a_list_whole() -> None:
         assert rank_targets(list_scores(ranked, 4), np.array([target])).tolist() == [4]
 
 
+def test_a_list_of_all_that_was_proposed_is_whole() -> None:
+    products, scores = np.array([[2, 1, -1]] * 2), np.array([[2.0, 1.0, 0.0]] * 2)
+    ranked = RankedProducts(products=products, scores=scores, whole=np.array([True, False]))
+    assert rank_targets(list_scores(ranked, 5), np.array([1, 1])).tolist() == [2, 5]
+
+
 def test_whole_numbers_are_scores_and_rows_outside_the_catalogue_are_refused() -> None:
     products = np.array([[3, 1, 0, 2], [0, 1, 2, 3]])
     scores = np.array([[4, 3, 2, 1], [4, 3, 2, 1]])
