@@ -42,7 +42,7 @@ def read_lists(
 
     Product ids that are not in the catalogue are left out and counted, and so are queries without a list,
     which find nothing. Raises `UserError` for a file of another form, for scores that are not as many as
-    products, and where no query has a list.
+    products, for a user_id that occurs twice, and where no query has a list.
     """
     try:
         table = pq.read_table(path, columns=["user_id", "item_ids", "scores"])
@@ -55,7 +55,12 @@ def read_lists(
         ) from None
     lists = {str(row["user_id"]): row for row in table.to_pylist()}
     rows = {product: row for row, product in enumerate(sessions.product_ids)}
-    wanted = [lists.get(sessions.user_ids[user]) for user in split.queries]
+    users = [sessions.user_ids[user] for user in split.queries]
+    if len(lists) < len(table) or len(set(users)) < len(users):
+        raise UserError(
+            f"{path}: lists of two sessions with one user_id cannot be told apart; give each session its own"
+        )
+    wanted = [lists.get(user) for user in users]
     longest = max((len(row["item_ids"]) for row in wanted if row), default=0)
     products = np.full((len(wanted), longest), -1)
     scores = np.zeros((len(wanted), longest))

@@ -1,5 +1,6 @@
 """Lists and ID tables from files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,18 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         read_lists(
             write_lists(tmp_path / "b.parquet", {"u0": (["a", "b"], [1.0])}), sessions, split
         )
+
+
+def test_sessions_of_one_user_id_are_refused(tmp_path: Path) -> None:
+    sessions = write_small(tmp_path, ["abc", "cde"])
+    split = leave_one_out(sessions, "test")
+    once = {"user_id": ["u0", "u1"], "item_ids": [["a"], ["b"]], "scores": [[1.0], [1.0]]}
+    pq.write_table(pa.table(once), tmp_path / "once.parquet")
+    pq.write_table(pa.table(once | {"user_id": ["u0", "u0"]}), tmp_path / "twice.parquet")
+    same = replace(sessions, user_ids=["u0", "u0"])
+    for file, of in (("once", same), ("twice", sessions)):
+        with pytest.raises(UserError, match="two sessions with one user_id cannot be told apart"):
+            read_lists(tmp_path / f"{file}.parquet", of, split)
 
 
 def test_shares_of_a_list_are_a_softmax() -> None:
