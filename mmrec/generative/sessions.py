@@ -12,6 +12,7 @@ A folder of sessions holds two tables and a manifest:
 Shape letters: U users, V = U + 1, E events of all users together, Q queries, W = Q + 1, N catalogue size.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -169,9 +170,10 @@ def read_sessions(folder: Place | str) -> Sessions:
     """Read and check a folder of sessions, local or remote.
 
     Product ids that are not in the catalogue are left out, and so are users with nothing left; `dropped`
-    counts both. Raises `UserError` for a missing table or column, a product id that is empty or occurs
-    twice, times that are not as many as products or go backwards, positions that are not as many or below
-    0, and a folder in which nothing is left.
+    counts both. Ids may be whole numbers, and become text. Raises `UserError` for a missing table or column,
+    a column of another type, an id that is null, a product id that is empty or occurs twice, times that are
+    not as many as products or go backwards, positions that are not as many or below 0, and a folder in which
+    nothing is left.
     """
     folder = place(folder)
     paths = {name: folder / f"{name}.parquet" for name in FILES}
@@ -184,7 +186,7 @@ def read_sessions(folder: Place | str) -> Sessions:
         if "title" in products.column_names
         else [None] * len(product_ids)
     )
-    events, known = encode_histories(table["item_ids"].to_pylist(), product_ids)
+    events, known = encode_histories(_read_items(paths["sessions"], table), product_ids)
     times = _read_times(paths["sessions"], table, known)
     positions = _read_positions(paths["sessions"], table, known)
     left = np.flatnonzero(events.lengths)
@@ -363,7 +365,26 @@ def _read_table(path: Place, required: tuple[str, ...]) -> pa.Table:
         if column not in table.column_names:
             found = ", ".join(table.column_names) or "none"
             raise UserError(f"{path}: missing column '{column}'; found {found}")
+    if (ids := table[required[0]]).null_count:
+        row = ids.is_null().to_pylist().index(True) + 1
+        raise UserError(f"{path}: row {row}: {required[0]} is null; every row needs one")
     return table
+
+
+def _read_items(path: Place, table: pa.Table) -> list[list[str] | None]:
+    """The product ids of each session as text."""
+    items = table["item_ids"]
+    of = _type_in_lists(items)
+    if of is None:
+        raise UserError(f"{path}: item_ids: expected lists of product ids, found {items.type}")
+    return (items.cast(pa.list_(pa.string())) if pa.types.is_integer(of) else items).to_pylist()
+
+
+def _type_in_lists(column: pa.ChunkedArray) -> pa.DataType | None:
+    """What the lists of a column hold; None for a column of anything else."""
+    kind = column.type
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return kind.value_type if any(is_one(kind) for is_one in lists) else None
 
 
 def _check_products(path: Place, product_ids: Sequence[str]) -> None:
@@ -401,7 +422,7 @@ def _read_positions(
     if placed is None:
         return None
     for row, positions in enumerate(placed, 1):
-        if any(position is None or position < 0 for position in positions):
+        if any(position < 0 for position in positions):
             raise UserError(
                 f"{path}: row {row}: positions {positions}: expected 1 or more, and 0 outside of lists"
             )
@@ -409,14 +430,24 @@ def _read_positions(
 
 
 def _beside_products(path: Place, table: pa.Table, column: str) -> list[list[Any]] | None:
-    """A column with an entry for each product taken; None where the table has none."""
+    """A column with a number for each product taken; None where the table has none."""
     if column not in table.column_names or table[column].null_count == len(table):
         return None
+    of = _type_in_lists(table[column])
+    if of is None or not (pa.types.is_integer(of) or pa.types.is_floating(of)):
+        what = "seconds since 1970" if column == "times" else "places from 1"
+        raise UserError(
+            f"{path}: {column}: expected lists of numbers ({what}), found {table[column].type}"
+        )
     taken = table["item_ids"].to_pylist()
     found = [cell or [] for cell in table[column].to_pylist()]
     for row, (products, own) in enumerate(zip(taken, found, strict=True), 1):
         if len(products or ()) != len(own):
             raise UserError(
                 f"{path}: row {row}: {len(own)} {column} for {len(products or ())} products"
+            )
+        if not all(number is not None and math.isfinite(number) for number in own):
+            raise UserError(
+                f"{path}: row {row}: {column} {own}: expected a number for each product"
             )
     return found

@@ -1,6 +1,7 @@
 """Sessions on disk, and how they are split."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +72,49 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
         read_sessions(tmp_path)
     with pytest.raises(UserError, match="row 2: duplicate product_id 'a', first in row 1"):
         write_small(tmp_path / "twice", ["ab"], products="aab")
+
+
+SECONDS = pa.list_(pa.timestamp("s"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        ({"user_id": ["u", None]}, "sessions.parquet: row 2: user_id is null"),
+        ({"item_ids": ["a b", "c"]}, "item_ids: expected lists of product ids, found string"),
+        ({"times": [[1, None], [1]]}, r"row 1: times \[1, None\]: expected a number for each"),
+        ({"times": [[1, float("nan")], [1]]}, r"row 1: times \[1.0, nan\]: expected a number"),
+        (
+            {"times": pa.array([[1, 2], [3]], SECONDS)},
+            r"times: expected lists of numbers \(seconds",
+        ),
+        ({"times": [1, 2]}, "times: expected lists of numbers .*, found int64"),
+        ({"positions": [["1", "2"], ["3"]]}, r"positions: expected lists of numbers \(places"),
+        ({"positions": [[1, None], [1]]}, r"row 1: positions \[1, None\]: expected a number"),
+    ],
+)
+def test_columns_of_another_form_are_refused(
+    tmp_path: Path, columns: dict[str, Any], complaint: str
+) -> None:
+    write_small(tmp_path, ["ab", "c"])
+    given = {"user_id": ["u", "v"], "item_ids": [["a", "b"], ["c"]]} | columns
+    pq.write_table(pa.table(given), tmp_path / "sessions.parquet")
+    with pytest.raises(UserError, match=complaint):
+        read_sessions(tmp_path)
+
+
+def test_ids_may_be_whole_numbers_but_not_null(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"product_id": [7, 8]}), tmp_path / "products.parquet")
+    given = pa.table({"user_id": [1], "item_ids": [[8, 7, 9]]})
+    pq.write_table(given, tmp_path / "sessions.parquet")
+    read = read_sessions(tmp_path)
+    assert read.product_ids == ["7", "8"]
+    assert read.user_ids == ["1"]
+    assert read.events.items.tolist() == [1, 0]
+    assert read.dropped == {"unknown product id": 1}
+    pq.write_table(pa.table({"product_id": [None, "8"]}), tmp_path / "products.parquet")
+    with pytest.raises(UserError, match="row 1: product_id is null"):
+        read_sessions(tmp_path)
 
 
 def test_a_history_of_strangers_is_refused() -> None:
