@@ -29,6 +29,7 @@ from mmrec.errors import UserError
 from mmrec.generative.quantize import (
     Codebook,
     Layer,
+    check_size,
     place_in_group,
     residual_kmeans,
 )
@@ -56,7 +57,7 @@ class SemanticIdConfig:
     levels: Annotated[int, Range(1, 8)] = 3
     """Codes of an ID before the appended one."""
     codebook_size: Annotated[int, Range(2, 65_536)] = 256
-    """Codes of a level; at most as many as there are embeddings to learn from."""
+    """Codes of a level; at most as many as there are products."""
     method: Literal["k-means", "rq-vae"] = "k-means"
     """Residual k-means on the embeddings themselves, or on the latents of an autoencoder."""
     balanced: bool = False
@@ -145,9 +146,13 @@ class SemanticIds:
     ) -> "SemanticIds":
         """These IDs and those of new products; products that have one already keep it.
 
-        Raises `UserError` for vectors of another width, an id that occurs twice, and where there is no room.
+        Raises `UserError` for vectors of another width, not as many as products or not finite, an id that
+        occurs twice, and where there is no room.
         """
+        _check_vectors(product_ids, vectors)
         fresh = [row for row, id_ in enumerate(product_ids) if id_ not in self.rows]
+        if not fresh:
+            return self
         names = [product_ids[row] for row in fresh]
         _check_distinct(names)
         codes = give_codes(self.codebook, vectors[fresh], self.appended, taken=self.codes)
@@ -259,11 +264,17 @@ def build_ids(
 ) -> SemanticIds:
     """Learn a codebook from products, and contents where given, and give all of them codes.
 
-    Raises `UserError` for a setting out of range, an id that occurs twice, a codebook larger than the
-    catalogue, and more equal products than appended codes can tell apart.
+    Raises `UserError` for a setting out of range, an id that occurs twice, vectors that are not finite or not
+    as many as ids, a codebook larger than the catalogue, more cells than can be numbered, and more equal
+    products than appended codes can tell apart.
     """
     check_ranges(config)
+    _check_cells(config.levels, config.codebook_size)
     _check_distinct(product_ids)
+    _check_vectors(product_ids, vectors)
+    check_size(len(product_ids), config.codebook_size)
+    if content_vectors is not None:
+        _check_vectors(content_ids, content_vectors)
     both = vectors if content_vectors is None else np.concatenate([vectors, content_vectors])
     prefixes = None
     if config.method == "rq-vae":
@@ -369,10 +380,7 @@ def _move(
 
 def cell_numbers(prefixes: Int32[np.ndarray, "N L"], size: int) -> Int64[np.ndarray, " N"]:
     """A number for each combination of codes. Raises `UserError` where there are more than 2^62."""
-    if size ** prefixes.shape[1] > 2**62:
-        raise UserError(
-            f"{prefixes.shape[1]} levels of {size:,} codes are more cells than can be numbered; give fewer"
-        )
+    _check_cells(prefixes.shape[1], size)
     numbers = np.zeros(len(prefixes), np.int64)
     for column in prefixes.T:
         numbers = numbers * size + column
@@ -382,6 +390,21 @@ def cell_numbers(prefixes: Int32[np.ndarray, "N L"], size: int) -> Int64[np.ndar
 def largest_cell(prefixes: Int32[np.ndarray, "N L"], size: int) -> int:
     """How many rows have the most frequent codes."""
     return int(np.unique(cell_numbers(prefixes, size), return_counts=True)[1].max())
+
+
+def _check_cells(levels: int, size: int) -> None:
+    if size**levels > 2**62:
+        raise UserError(
+            f"{levels} levels of {size:,} codes are more cells than can be numbered; give fewer --levels"
+        )
+
+
+def _check_vectors(ids: Sequence[str], vectors: Float32[np.ndarray, "N D"]) -> None:
+    if len(ids) != len(vectors):
+        raise UserError(f"{len(ids):,} ids and {len(vectors):,} vectors; expected one for each id")
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()
+    if bad:
+        raise UserError(f"vectors with NaN or infinity: {name_ids([ids[row] for row in bad])}")
 
 
 def _check_distinct(ids: Sequence[str]) -> None:

@@ -200,6 +200,31 @@ def test_rq_vae_gives_a_plain_codebook(tmp_path: Path) -> None:
     assert np.array_equal(loaded.codebook.assign(vectors), ids.codes[:, :-1])
 
 
+def test_vectors_that_are_not_numbers_or_not_as_many_are_refused() -> None:
+    vectors, _ = clusters(20)
+    bad = vectors.copy()
+    bad[3, 5], bad[7, 0] = np.nan, np.inf
+    ids = build_ids(names(20), vectors, SMALL)
+    with pytest.raises(UserError, match="vectors with NaN or infinity: 'p3', 'p7'"):
+        build_ids(names(20), bad, SMALL)
+    with pytest.raises(UserError, match="vectors with NaN or infinity: 'c3', 'c7'"):
+        build_ids(names(20), vectors, SMALL, content_ids=names(20, "c"), content_vectors=bad)
+    with pytest.raises(UserError, match="vectors with NaN or infinity: 'q3', 'q7'"):
+        ids.extended(names(20, "q"), bad)
+    with pytest.raises(UserError, match="21 ids and 20 vectors"):
+        build_ids(names(21), vectors, SMALL)
+    with pytest.raises(UserError, match="2 ids and 1 vectors"):
+        ids.extended(["q", "r"], vectors[:1])
+
+
+def test_no_new_products_leave_the_ids_as_they_are() -> None:
+    vectors, _ = clusters(20)
+    ids = build_ids(names(20), vectors, SMALL)
+    for same in (ids.extended([], vectors[:0]), ids.extended(names(20), vectors)):
+        assert same.fingerprint == ids.fingerprint
+        assert same.categories is None
+
+
 def test_what_cannot_work_is_refused_in_one_line() -> None:
     vectors, _ = clusters(20)
     with pytest.raises(UserError, match="20 embeddings are too few for a codebook of 64"):
@@ -208,5 +233,12 @@ def test_what_cannot_work_is_refused_in_one_line() -> None:
         build_ids(["p0"] * 20, vectors, SMALL)
     with pytest.raises(UserError, match="of another encoder"):
         build_ids(names(20), vectors, SMALL).extended(["q"], vectors[:1, :8])
+    with pytest.raises(UserError, match="2 embeddings are too few for a codebook of 8"):
+        build_ids(
+            names(2), vectors[:2], SMALL, content_ids=names(18, "c"), content_vectors=vectors[2:]
+        )
+    with pytest.raises(UserError, match="8 levels of 256 codes are more cells"):
+        # Cells come before k-means, for which these products are too few.
+        build_ids(names(20), vectors, SemanticIdConfig(levels=8, codebook_size=256))
     with pytest.raises(UserError, match="more cells than can be numbered"):
         cell_numbers(np.zeros((1, 8), np.int32), 65_536)
