@@ -401,8 +401,10 @@ class Ranker:
 
         `generated` are the products that `Recommender.recommend` gives for the same history, with their
         scores: as many as the lists had that the ranker was fitted with, if with any.
-        Unknown ids are left out. Raises `UserError` when none is known.
+        Unknown ids are left out. Raises `UserError` when none is known, and for k below 1.
         """
+        if k < 1:
+            raise UserError(f"k {k}: expected at least 1")
         rows, _ = encode_history(history, self.product_ids)
         histories = Sequences(rows, np.array([0, len(rows)]))
         proposed = None

@@ -149,7 +149,7 @@ class Recommender:
 
     def recommend(
         self,
-        history: Sequence[str] = (),
+        history: Sequence[str] | None = (),
         *,
         video: Source | None = None,
         images: Sequence[Source] | Source = (),
@@ -164,13 +164,18 @@ class Recommender:
         history and a content that was watched since.
         Products of the history without an ID are left out and counted. `num_beams` is at least k; more find
         more surely what is likely, and left out it is twice k or 50. `seen` says whether products of the
-        history may come again. Raises `UserError` for a request with nothing known in it, or a content where
-        the generator has learned none.
+        history may come again. Raises `UserError` for a request with nothing known in it, a history that is
+        one string, a k or num_beams below 1, or a content where the generator has learned none.
         """
         ids, trie = self._catalogue
-        rows, unknown = ids.known(history)
-        if k < 1:
-            raise UserError(f"k {k}: expected at least 1")
+        if isinstance(history, str):
+            raise UserError(
+                f"history '{history}': expected a list of product ids, found one string"
+            )
+        rows, unknown = ids.known(() if history is None else history)
+        _check_count("k", k)
+        if num_beams is not None:
+            _check_count("num_beams", num_beams)
         content = None
         if video is not None or title is not None or not _is_empty(images):
             content = self.embed(video=video, images=images, title=title)
@@ -224,6 +229,12 @@ class Recommender:
         )
         vector: Float32[np.ndarray, "1 V"] = self.encoder.embed(batch, "content").cpu().numpy()
         return torch.from_numpy(vector).to(self.generator.device)
+
+
+def _check_count(name: str, count: Any) -> None:
+    """Raise `UserError` for a count that is not a whole number, or below 1."""
+    if not isinstance(count, int | np.integer) or count < 1:
+        raise UserError(f"{name} {count}: expected at least 1, a whole number")
 
 
 def _is_empty(images: Sequence[Source] | Source) -> bool:

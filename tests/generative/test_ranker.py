@@ -226,6 +226,9 @@ def test_recommendations_are_new_to_the_user(ranker: Ranker) -> None:
         ranker.recommend(["nobody"])
     with pytest.raises(UserError, match="found none"):
         ranker.recommend([])
+    for k in (0, -3):
+        with pytest.raises(UserError, match=f"k {k}: expected at least 1"):
+            ranker.recommend(["p00"], k=k)
 
 
 def test_bad_input_is_refused(sessions: Sessions, ranker: Ranker) -> None:

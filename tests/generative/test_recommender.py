@@ -1,5 +1,6 @@
 """The recommender: what it never generates, what it says of bad requests, and that it finds its parts."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,18 @@ def test_bad_requests_are_one_line(recommender: Recommender, folder: Path, tmp_p
         recommender.recommend(["x", "y"])
     with pytest.raises(UserError, match="expected at least 1"):
         recommender.recommend(["p1"], k=0)
+    for bad in (0, -7):
+        with pytest.raises(
+            UserError, match=f"num_beams {bad}: expected at least 1, a whole number"
+        ):
+            recommender.recommend(["p1"], num_beams=bad)
+    with pytest.raises(UserError, match="history 'p1': expected a list of product ids"):
+        recommender.recommend("p1")
+    with pytest.raises(UserError, match="it is empty"):
+        recommender.recommend(None)
+    with pytest.raises(UserError, match=r"k 2.5: expected at least 1, a whole number"):
+        # Tests check every argument's type, and would refuse this one on their own.
+        inspect.unwrap(Recommender.recommend)(recommender, ["p1"], k=2.5)  # pyright: ignore
     with pytest.raises(UserError, match="and the generator learned"):
         Recommender.load(folder / "generator", ids=folder / "other")
     with pytest.raises(UserError, match="expected generator, found semantic_ids"):
