@@ -98,7 +98,7 @@ def list_scores(ranked: RankedProducts, num_products: int) -> sparse.csr_array:
     products, scores = ranked.products, _as_floats(ranked.scores)
     listed = products >= 0
     _check_finite(np.where(listed, scores, 0.0))
-    if len(outside := np.argwhere(products >= num_products)):
+    if len(outside := np.argwhere((products < -1) | (products >= num_products))):
         query, place = outside[0]
         raise UserError(
             f"query {query}: a list names row {products[query, place]} of a catalogue of {num_products:,} "

@@ -140,8 +140,10 @@ def test_whole_numbers_are_scores_and_rows_outside_the_catalogue_are_refused() -
     lists = list_scores(RankedProducts(products=products, scores=scores), 4)
     for matrix in (lists, scores[:, [2, 1, 3, 0]]):
         assert rank_targets(matrix[:1], np.array([1])).tolist() == [2]
-    with pytest.raises(UserError, match="query 0: a list names row 3 of a catalogue of 3 products"):
-        list_scores(RankedProducts(products=products, scores=scores), 3)
+    for row in (4, -2):
+        products[1, 2] = row
+        with pytest.raises(UserError, match=f"query 1: a list names row {row} of a catalogue of 4"):
+            list_scores(RankedProducts(products=products, scores=scores), 4)
 
 
 @pytest.mark.parametrize("mask", [-1e9, np.finfo(np.float32).min])
