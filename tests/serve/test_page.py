@@ -394,13 +394,15 @@ def test_everything_can_be_done_by_keyboard(visit: Open, clip: Path) -> None:
     assert page.evaluate("document.activeElement.id") == "files"
     ring = page.evaluate("getComputedStyle(document.querySelector('.drop')).outlineStyle")
     assert ring == "solid"
-    try:
-        with page.expect_file_chooser(timeout=5_000) as chooser:
+    choosers: list[sync_api.FileChooser] = []
+    page.on("filechooser", choosers.append)
+    for waited in range(1_000):  # A busy browser may miss the key; a person presses again.
+        if choosers:
+            break
+        if waited % 250 == 0:
             page.keyboard.press("Enter")
-    except sync_api.TimeoutError:  # A busy browser may miss the key; a person presses again.
-        with page.expect_file_chooser() as chooser:
-            page.keyboard.press("Enter")
-    chooser.value.set_files(clip)
+        page.wait_for_timeout(20)
+    choosers[0].set_files(clip)
     page.wait_for_selector("#chosen li")
     _tab_to(page, "text")
     page.keyboard.type("a mug")
