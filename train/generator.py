@@ -74,6 +74,7 @@ from mmrec.generative.sessions import (
     Sessions,
     Split,
     SplitBy,
+    check_same_sessions,
     read_sessions,
     sample_queries,
     split_sessions,
@@ -367,12 +368,10 @@ def check_held_out(config: GeneratorTraining, ids: SemanticIds, sessions: Sessio
     """Refuse IDs cut from other sessions, or with other targets held out: they may have seen ours."""
     if ids.manifest is None:
         return
-    cut_from, details = ids.manifest.parent("sessions"), ids.manifest.details
-    if cut_from is not None and cut_from.fingerprint != sessions.fingerprint:
-        raise UserError(
-            f"{config.ids}: was cut from sessions {cut_from.fingerprint}, and {config.sessions} is "
-            f"{sessions.fingerprint}; cut IDs from these: train/semantic_ids.py --tables {config.sessions}"
-        )
+    what = f"{config.ids}: was cut from"
+    mend = f"cut IDs from these: train/semantic_ids.py --tables {config.sessions}"
+    check_same_sessions(ids.manifest, sessions, config.sessions, what=what, mend=mend)
+    details = ids.manifest.details
     if details.get("by", config.by) != config.by:
         raise UserError(
             f"{config.ids}: was cut from sessions with targets held out by {details['by']}, and these are by "
@@ -551,12 +550,9 @@ def check_targets(config: GeneratorTraining, data: Data) -> None:
     earlier = read_config(config.out / "config.json", GeneratorTraining)
     if earlier.by != config.by:
         raise UserError(f"{config.out}: held out targets by {earlier.by}; give --by {earlier.by}")
-    learned = read_manifest(config.out / "generator", "generator").parent("sessions")
-    if learned is not None and learned.fingerprint != data.sessions.fingerprint:
-        raise UserError(
-            f"{config.out}: was trained on sessions {learned.fingerprint}, and {config.sessions} is "
-            f"{data.sessions.fingerprint}; give --sessions the former"
-        )
+    made = read_manifest(config.out / "generator", "generator")
+    what, mend = f"{config.out}: was trained on", "give --sessions the former"
+    check_same_sessions(made, data.sessions, config.sessions, what=what, mend=mend)
 
 
 # --- training ----------------------------------------------------------------------------------

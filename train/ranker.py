@@ -54,6 +54,7 @@ from mmrec.generative.sessions import (
     Sessions,
     Split,
     SplitBy,
+    check_same_sessions,
     read_sessions,
     split_sessions,
 )
@@ -164,14 +165,14 @@ def main(config: RankerTraining) -> None:
 
 def check_held_out(config: RankerTraining, run: Path, sessions: Sessions) -> None:
     """Refuse a generator of other sessions or other targets: it may have been trained on ours."""
-    if not (run / "generator" / FILE_NAME).is_file():
+    if not (run / GENERATOR / FILE_NAME).is_file():
         return  # Lists that another program wrote.
-    learned = read_manifest(run / "generator", "generator").parent("sessions")
-    if learned is not None and learned.fingerprint != sessions.fingerprint:
-        raise UserError(
-            f"{run}: was trained on sessions {learned.fingerprint}, and {config.sessions} is "
-            f"{sessions.fingerprint}; give --sessions the former, or a generator trained on these"
-        )
+    made = read_manifest(run / GENERATOR, "generator")
+    what, mend = (
+        f"{run}: was trained on",
+        "give --sessions the former, or a generator trained on these",
+    )
+    check_same_sessions(made, sessions, config.sessions, what=what, mend=mend)
     by = json.loads((run / "config.json").read_text(encoding="utf-8")).get("by")
     if by != config.by:
         raise UserError(

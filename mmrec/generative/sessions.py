@@ -131,6 +131,20 @@ def sequences_of(lists: Sequence[Sequence[int]]) -> Sequences:
     return Sequences(items, _offsets(np.array([len(row) for row in lists], np.int64)))
 
 
+def check_same_sessions(
+    made: Manifest, sessions: Sessions, folder: Path | None, *, what: str, mend: str
+) -> None:
+    """Raise `UserError` for what was made from other sessions: it may have seen the targets of these.
+
+    `what` names it and how it was made, such as "DIR: was cut from"; what came from no sessions passes.
+    """
+    earlier = made.parent("sessions")
+    if earlier is not None and earlier.fingerprint != sessions.fingerprint:
+        raise UserError(
+            f"{what} sessions {earlier.fingerprint}, and {folder} is {sessions.fingerprint}; {mend}"
+        )
+
+
 def catalogue_fingerprint(product_ids: Sequence[str]) -> str:
     """A hash of product ids in their order."""
     return fingerprint_of({"product_ids": "\0".join(product_ids)})
