@@ -45,6 +45,7 @@ QPS_BAR, OVERHEAD_BAR_MS, HNSWLIB_BAR = 0.95, 0.3, 0.9
 CHANGED_SHARE = 0.01
 SETTLED_S = 5.0
 """After the first search: what an index does in the background with a large delta is over by then."""
+NUM_SINGLES = 200
 HNSW_LINKS, HNSW_CONSTRUCTION = 32, 40
 AUTOFAISS_BARS = (1.0, 1.5)
 """Of recall and of QPS."""
@@ -153,7 +154,7 @@ def compare_with_faiss(
             print(
                 f"{size} {factory}: {qps[0]:.0f} queries/s bare, {qps[1]:.0f} through ProductIndex"
             )
-            singles = _singles(bare, index, queries[: 200 if count < 500_000 else 60])
+            singles = _singles(bare, index, queries[:NUM_SINGLES])
             if factory != "Flat":
                 print(f"{size} {factory}: {_both_recalls(bare, index, vectors, queries, changed)}")
     overhead = statistics.median(ours - theirs for theirs, ours in singles)

@@ -14,7 +14,8 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 def stop_with_launcher() -> None:
     """From now on, SIGTERM comes when the launcher that started this process is gone; Linux alone has this.
 
-    A process with any other parent is left alone: a shell may end before what it started with nohup.
+    A process with any other parent is left alone: a shell may end before what it started with nohup. So is
+    one whose launcher is gone already, within the seconds in which Python reads torch.
     """
     parent = os.getppid()
     if sys.platform != "linux" or not _is_launcher(parent):

@@ -43,6 +43,8 @@ class Lists:
     """A FAISS `IndexIVFFlat`; its own `nprobe` stays 1, since searches that run would trip over a change."""
     probed: int
     """Lists that a search looks into."""
+    parameters: Any
+    """The same, as FAISS takes it with a search: made once, since a single query notices."""
 
     @property
     def count(self) -> int:
@@ -54,7 +56,7 @@ class Lists:
     ) -> Found:
         """The k nearest of the wanted rows in the lists probed; -inf and row -1 where they hold fewer."""
         if wanted.all():
-            scores, rows = self.index.search(queries, k, params=_probing(self.probed))
+            scores, rows = self.index.search(queries, k, params=self.parameters)
         else:
             scores, rows = search_selected(
                 self.index, queries, k, wanted, effort=float(self.probed)
@@ -136,8 +138,9 @@ def measured_lists(
     rows = scored[: index.ntotal]
     nearest = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)[1]
     for probed in _doublings(_FEWEST_PROBED, index.nlist // _MOST_PROBED_SHARE):
-        if np.mean(index.search(queries, 1, params=_probing(probed))[1] == nearest) >= _RECALL:
-            return Lists(index, probed)
+        parameters = _probing(probed)
+        if np.mean(index.search(queries, 1, params=parameters)[1] == nearest) >= _RECALL:
+            return Lists(index, probed, parameters)
     return None
 
 

@@ -96,9 +96,10 @@ def checked_queries(queries: np.ndarray, width: int) -> Float32[np.ndarray, "Q D
         raise UserError(f"queries have shape {queries.shape}; this index expects (Q, {width})")
     with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite, and is refused.
         queries = np.ascontiguousarray(queries, np.float32)
-        lengths = np.linalg.norm(queries, axis=1)
-    wrong = ~(np.isfinite(lengths) & (lengths > 0))
-    if wrong.any():
+        squares = np.einsum("qd,qd->q", queries, queries)
+    good = (squares > 0) & (squares < np.inf)  # NaN is neither.
+    if not good.all():
+        wrong = ~good
         raise UserError(
             f"{np.count_nonzero(wrong)} queries are zero, NaN, infinite or too large to score; the first is "
             f"row {np.flatnonzero(wrong)[0]}"

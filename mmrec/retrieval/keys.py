@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, UInt64
 
+# Between two searches a kernel of Arrow costs 0.05 ms more than these few one by one.
+_FEW = 16
+
 
 class Keys:
     """The ids of the rows of an immutable table."""
@@ -25,6 +28,10 @@ class Keys:
 
     def take(self, rows: Int64[np.ndarray, " M"]) -> np.ndarray:
         """The ids of rows, as an array of Python strings."""
+        if len(rows) <= _FEW:
+            ids = np.empty(len(rows), object)
+            ids[:] = [self.ids[row].as_py() for row in rows.tolist()]
+            return ids
         return self.ids.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
     def rows_of(self, ids: Sequence[str]) -> Int64[np.ndarray, " M"]:

@@ -241,6 +241,10 @@ class View:
         if graph and fetched > MOST_CANDIDATES:
             return self._one_by_one(queries, k, wanted)
         all_scores, all_rows = self.base.search(queries, fetched)
+        scores, rows = all_scores[:, :k], all_rows[:, :k]
+        # As mostly: all of the first k are wanted. FAISS puts row -1 last.
+        if wanted[rows].all() and rows[:, -1].min(initial=0) >= 0:
+            return scores, rows
         scores, rows = _kept(all_scores, all_rows, wanted, k)
         # A row that ended in -1 holds all that the index comes upon, but for a graph.
         short = np.flatnonzero((rows[:, -1] < 0) & (graph | (all_rows[:, -1] >= 0)))
@@ -396,9 +400,6 @@ def _kept(scores: np.ndarray, rows: np.ndarray, wanted: np.ndarray, k: int) -> F
     """The first k wanted matches of each query, in order."""
     good = wanted[rows]
     good &= rows >= 0
-    # Where all of the first k are wanted, as mostly, nothing moves.
-    if good[:, :k].all():
-        return scores[:, :k], rows[:, :k]
     order = np.argsort(~good, axis=1, kind="stable")[:, :k]
     queries = np.arange(len(rows))[:, None]
     good = good[queries, order]

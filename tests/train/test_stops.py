@@ -28,6 +28,8 @@ from mmrec.training.run import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
+FIRST_STEPS_S = 480
+"""Until a started program has made four steps; beside much other work that takes minutes."""
 SAVES = {"eval_every": 3, "checkpoint_every": 2, "keep_checkpoints": 99}
 
 
@@ -325,12 +327,16 @@ def start_long_run(config: Any, *command: str | Path, workers: int) -> subproces
         text=True,
         start_new_session=True,
     )
-    until = time.monotonic() + 120
-    while len(read_metrics(config.out)) < 4 and time.monotonic() < until:
+    until = time.monotonic() + FIRST_STEPS_S
+    while len(read_metrics(config.out)) < 4:
+        if process.poll() is not None or time.monotonic() > until:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"no four steps within {FIRST_STEPS_S} s:\n{process.communicate()[1]}")
         time.sleep(0.05)
     return process
 
 
+@pytest.mark.timeout(600)
 def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> None:
     """A terminal sends it to the whole group: to the trainer and to its loaders' processes."""
     process = start_long_run(config, sys.executable, workers=2)
@@ -344,6 +350,7 @@ def test_ctrl_c_reaches_trainer_and_loaders_and_all_end_well(config: Any) -> Non
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
 def test_a_sigterm_to_the_launcher_alone_saves_and_ends_the_run(config: Any) -> None:
     launch = (Path(sys.executable).parent / "accelerate", "launch", "--quiet")
