@@ -14,6 +14,7 @@ from vectors import names, unit_vectors
 from mmrec.errors import UserError
 from mmrec.retrieval import base, changes, exact
 from mmrec.retrieval.changes import Change, Delta
+from mmrec.retrieval.delta_lists import Lists
 from mmrec.retrieval.index import ProductIndex
 
 WIDTH = 32
@@ -432,12 +433,23 @@ def test_a_rebuild_becomes_the_next_generation_for_readers(saved):
     assert reader.ids == ["only"]
 
 
-def test_one_reader_at_full_speed_while_a_writer_changes_and_compacts(saved, request):
+@pytest.mark.parametrize(
+    ("factory", "count", "upserted", "turns", "compacted"),
+    [("Flat", COUNT, 64, 5, 7), ("IVF64,Flat", 20_000, 300, 12, 40)],
+)
+def test_one_reader_at_full_speed_while_a_writer_changes_and_compacts(
+    factory, count, upserted, turns, compacted, tmp_path, request, monkeypatch
+):
     """Every answer is of one state: what was never touched is found, what was deleted first never is.
 
-    For an hour: pytest --seconds 3600 --timeout 4000 -s tests/retrieval/test_updates.py -k full_speed
+    The delta of the inverted lists grows until it has lists of its own. For an hour each:
+    pytest --seconds 3600 --timeout 4000 -s tests/retrieval/test_updates.py -k full_speed
     """
-    ids, vectors = names(COUNT), unit_vectors(COUNT)
+    ids, vectors = names(count), unit_vectors(count)
+    ProductIndex.build(ids, vectors, factory=factory).save(tmp_path / "index")
+    saved, listed = tmp_path / "index", []
+    in_lists = Lists.search
+    monkeypatch.setattr(Lists, "search", lambda *args: (listed.append(1), in_lists(*args))[1])
     with ProductIndex.load(saved, device="cpu") as writer:
         writer.delete(ids[:100])
         reader = ProductIndex.load(saved, device="cpu")
@@ -458,13 +470,13 @@ def test_one_reader_at_full_speed_while_a_writer_changes_and_compacts(saved, req
 
         def write() -> int:
             rounds = 0
-            while time.monotonic() < stop or rounds < 8:
-                some = unit_vectors(64, seed=100 + rounds)
-                writer.upsert([f"r{rounds % 5}-{number}" for number in range(64)], some)
-                writer.upsert(ids[200:264], some)
-                writer.delete([f"r{rounds % 3}-{number}" for number in range(64)])
+            while time.monotonic() < stop or rounds < 16:
+                some = unit_vectors(upserted, seed=100 + rounds)
+                writer.upsert([f"r{rounds % turns}-{number}" for number in range(upserted)], some)
+                writer.upsert(ids[200:264], some[:64])
+                writer.delete([f"r{rounds % 3}-{number}" for number in range(upserted)])
                 writer.search(some, 3)
-                if rounds % 7 == 6:
+                if rounds % compacted == compacted - 1:
                     writer.compact()
                 rounds += 1
             return rounds
@@ -472,7 +484,11 @@ def test_one_reader_at_full_speed_while_a_writer_changes_and_compacts(saved, req
         with ThreadPoolExecutor(2) as pool:
             reads, writes = pool.submit(read), pool.submit(write)
         grown = (process.memory_info().rss - before) / 2**20
-        print(f"{reads.result()} searches, {writes.result()} rounds of changes, {grown:+.0f} MiB")
+        print(
+            f"{factory}: {reads.result()} searches, {writes.result()} rounds of changes, {grown:+.0f} MiB, "
+            f"lists of a delta searched {len(listed)} times"
+        )
+        assert bool(listed) == (factory != "Flat")
         assert (
             grown < 512
         )  # A leak of a generation a compaction would pass this within a minute or two.
